@@ -1,0 +1,36 @@
+# `make quickstart` needs nothing but Python 3.11+; every target makes the virtual environment it runs in.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install quickstart test lint fix demo-models results browser
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install  ## distil the shipped student from the shipped text-only teacher
+	$(BIN)/python examples/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo-models: install  ## build the demo models again from their seed
+	$(BIN)/python examples/demo/build.py
+
+results: install  ## the tables under docs/results/ (hours on two cores; finished runs are kept)
+	$(BIN)/python examples/results.py

@@ -1,0 +1,187 @@
+"""A run's folder: its config and manifest, logs that a resumed run can continue, checkpoints, and the summary."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omniopd.config import RunConfig, dump_config
+from omniopd.errors import RunError
+from omniopd.types import Usage
+from students.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from students.policy import Policy
+from students.trainer import Trainer
+
+_PACKAGES = ("omniopd", "torch", "transformers", "accelerate", "peft", "tokenizers", "httpx", "math-verify", "rapidfuzz")
+
+
+@dataclass
+class Record:
+    """How far a run is and what it has counted; it travels in the checkpoint."""
+
+    step: int = 0
+    wall_seconds: float = 0.0
+    usage: Usage = Usage()
+    coverage_sum: float = 0.0
+    drops: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+    before: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+
+    def add(self, row: Mapping[str, Any], usage: Usage, seconds: float) -> None:
+        """Count one step's row."""
+        self.step = row["step"]
+        self.usage = self.usage + usage
+        self.wall_seconds += seconds
+        self.coverage_sum += row["coverage"]
+        self.drops.update(row["drops"])
+        self.rejects.update(row["rejects"])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        counters = {name: Counter(data[name]) for name in ("drops", "rejects")}
+        return cls(**{**data, "usage": Usage(**data["usage"]), **counters})
+
+
+class RunFolder:
+    """The files of one run.
+
+    Raises:
+        RunError: the folder holds another run, or can't be written.
+    """
+
+    def __init__(self, config: RunConfig, *, resume: bool) -> None:
+        self.path = config.output
+        self.config = config
+        text = dump_config(config)
+        existing = self.path / "config.yaml"
+        with self.writing():
+            if existing.exists():
+                self._check_same(existing.read_text(encoding="utf-8"), text, resume)
+            self.path.mkdir(parents=True, exist_ok=True)
+            existing.write_text(text, encoding="utf-8")
+        if not resume:
+            for log in ("metrics.jsonl", "audits.jsonl", "summary.json"):
+                (self.path / log).unlink(missing_ok=True)
+
+    def _check_same(self, old: str, new: str, resume: bool) -> None:
+        if not resume:
+            raise RunError(f"output: {self.path} holds a run already; use --resume to continue it, or another output folder")
+        changed = [line for line in new.splitlines() if line not in old.splitlines()]
+        extended = [line for line in changed if line.strip().split(":")[0] in ("steps",)]  # a run may be made longer
+        if set(changed) - set(extended):
+            raise RunError(f"output: {self.path} holds another run: its config.yaml has no line '{changed[0].strip()}'")
+
+    # ------------------------------------------------------------------ writing
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns a failed write into one line that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"output: {error.filename or self.path}: {error.strerror or error}; mend that, then continue with --resume"
+            ) from None
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._append("metrics.jsonl", [row])
+
+    def log_audits(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._append("audits.jsonl", rows)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        with self.writing(), (self.path / name).open("a", encoding="utf-8") as log:
+            log.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+    def write_manifest(self, fingerprint: str, policy: Policy) -> None:
+        """What made this run: versions, machine kind, the teacher's fingerprint, what the student's model can do."""
+        versions = {}
+        for package in _PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                versions[package] = None
+        manifest = {
+            "versions": {"python": platform.python_version(), **versions},
+            "machine": {"system": platform.system(), "processor": platform.machine()},
+            "teacher_fingerprint": fingerprint,
+            "student": {
+                "path": policy.settings.path,
+                "parameters": sum(p.numel() for p in policy.model.parameters()),
+                "trained_parameters": sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
+                "tree_packing": policy.packs_trees,
+                "sliced_head": policy.splits_head,
+                "entropy": "exact, fp32, full vocabulary, from the sampler",
+            },
+        }
+        self._write_json("manifest.json", manifest)
+
+    def check_teacher(self, fingerprint: str) -> None:
+        """Refuse to go on with another teacher than the run began with (trap S7)."""
+        path = self.path / "manifest.json"
+        if path.exists():
+            began_with = json.loads(path.read_text(encoding="utf-8"))["teacher_fingerprint"]
+            if began_with != fingerprint:
+                raise RunError(f"teacher: the run began with {began_with}, this is {fingerprint}; use the teacher it began with")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._write_json("summary.json", summary)
+
+    def _write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        with self.writing():
+            partial = self.path / f".{name}"
+            partial.write_text(json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(self.path / name)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def checkpoint(self, record: Record, policy: Policy, trainer: Trainer) -> None:
+        with self.writing():
+            folder, keep = self.path / "checkpoints", self.config.train.keep_checkpoints
+            save_checkpoint(folder, record.step, policy, trainer, record.to_json(), keep)
+
+    def restore(self, policy: Policy, trainer: Trainer) -> Record:
+        """Weights, optimizer and record of the last checkpoint, and logs cut back to it; a fresh record if there is none."""
+        saved = checkpoints(self.path / "checkpoints")
+        record = Record.from_json(load_checkpoint(saved[-1], policy, trainer)) if saved else Record()
+        with self.writing():
+            for name in ("metrics.jsonl", "audits.jsonl"):
+                self._cut_back(self.path / name, record.step if saved else -1)
+        return record
+
+    @staticmethod
+    def _cut_back(log: Path, step: int) -> None:
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # a line that a crash left half-written
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        log.write_text("".join(kept), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: what was not measured is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,51 @@
+"""What a method is: it says where to ask the teacher, and turns what came back into numbers on tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar, Protocol
+
+from omniopd.objective import Objective
+from omniopd.types import Capabilities, Evidence, Query, Rollout, Signal
+
+
+class StudentText(Protocol):
+    """The student's tokenizer, as methods need it."""
+
+    end_ids: Collection[int]
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of plain text, and each token's span of characters."""
+        ...
+
+
+class Method:
+    """A recipe over the slots of the step. Subclasses are one file each in `omniopd/methods/`.
+
+    Attributes:
+        needs: what the teacher must offer: "continuation", "answer".
+        on_policy: whether the student writes rollouts; otherwise the method gets rollouts of no tokens.
+    """
+
+    Config: ClassVar[type[Objective]]
+    needs: ClassVar[frozenset[str]]
+    on_policy: ClassVar[bool] = True
+
+    def __init__(self, config: Objective, text: StudentText, seed: int) -> None:
+        self.objective, self.text, self.seed = config, text, seed
+
+    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
+        """What to ask the teacher about these rollouts."""
+        raise NotImplementedError
+
+    def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
+        """Evidence as numbers on tokens. Pure: the same rollouts and evidence give the same signal."""
+        raise NotImplementedError
+
+
+def missing(needs: frozenset[str], offered: Capabilities) -> list[str]:
+    """What a method needs and a teacher does not offer."""
+    has = {"answer": offered.answer, "continuation": offered.continuation is not None, "score": offered.score}
+    return sorted(need for need in needs if not has.get(need, False))

@@ -1,0 +1,1 @@
+"""One file per method: a recipe over the slots of the step."""

@@ -1,0 +1,274 @@
+"""OmniOPD (Zhou et al. 2026, arXiv 2606.01476): text-only on-policy distillation by auditing uncertain chunks.
+
+At the M places where the student was least certain, the teacher goes on N times from the student's own prefix. What it
+writes is compared with what the student wrote, and becomes numbers on the student's tokens (`signals`). Every token that
+no teacher spoke about is held to the initial student by an exact KL.
+
+[second-hand] scheduler, smoothing, weight, anchor (sheet of the paper; Eq. 6-7 for the scheduler); [ours] validity and
+n_eff rules, equal-length comparison, reductions, the signals `survival` and `continuation_likelihood`, the defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from omniopd.branches import continuation_branch, retokenized
+from omniopd.method import Method, StudentText
+from omniopd.objective import Objective
+from omniopd.registry import METHODS, SCORES, SIGNALS
+from omniopd.sampling import named_seed
+from omniopd.settings import tagged
+from omniopd.types import Branch, Chunk, Continuations, ContinueQuery, Evidence, Query, Rollout, Signal
+from omniopd.verification.agreement import agreed
+from omniopd.verification.audit import Audit, ChunkSignal, chance_floor, constant_values, judge_all, shuffled
+from omniopd.verification.chunks import cut_chunk, random_starts, select_starts
+from omniopd.verification.weights import calibrated, n_min
+
+
+class OmniOPDConfig(Objective):
+    """Where to ask (M chunks of C tokens, N continuations each), how to compare, and which signals to draw from it."""
+
+    name: Literal["omniopd"] = "omniopd"
+    chunks: int = Field(default=10, ge=1, le=1000, description="M, audited chunks of a rollout")
+    chunk_tokens: int = Field(default=50, ge=1, le=4096, description="C, student tokens of a chunk; under 40 is risky [paper]")
+    continuations: int = Field(default=10, ge=1, le=128, description="N, teacher continuations of a chunk")
+    selector: Literal["entropy", "random"] = "entropy"
+    score: tagged(SCORES) = Field(default="token_agreement", validate_default=True)  # type: ignore[valid-type]
+    calibrate: bool = Field(default=False, description="measure similarity from the chance floor up")
+    signals: list[tagged(SIGNALS)] = Field(  # type: ignore[valid-type]
+        default=["continuation_likelihood"], validate_default=True, min_length=1
+    )
+    teacher_tokens: int | None = Field(default=None, ge=1, description="token limit of a continuation; default 1.5 C + 4")
+    placebo: Literal["none", "shuffle", "constant"] = Field(default="none", description="see `omniopd controls`")
+
+    @field_validator("signals", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, dict)) else value
+
+    @property
+    def reply_tokens(self) -> int:
+        """The teacher may need more tokens than the student for the same text; what is too long is cut off."""
+        return self.teacher_tokens or int(1.5 * self.chunk_tokens) + 4
+
+
+@METHODS.register("omniopd")
+class OmniOPD(Method):
+    """Audit uncertain chunks, ask the teacher to go on, and learn from the comparison."""
+
+    Config: ClassVar[type[Objective]] = OmniOPDConfig
+    needs = frozenset({"continuation"})
+
+    def __init__(self, config: OmniOPDConfig, text: StudentText, seed: int) -> None:
+        super().__init__(config, text, seed)
+        self.config = config
+        self.score = SCORES.build(config.score)
+        self.signals = [SIGNALS.build(signal) for signal in config.signals]
+
+    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
+        """M continuation queries per rollout, ascending, so that nested prefixes meet a warm cache."""
+        queries: list[Query] = []
+        for row, rollout in enumerate(rollouts):
+            for start in self._starts(rollout, row, step):
+                queries.append(
+                    ContinueQuery(
+                        prompt=rollout.prompt,
+                        chunk=cut_chunk(rollout, row, start, self.config.chunk_tokens),
+                        n=self.config.continuations,
+                        max_tokens=self.config.reply_tokens,
+                        seed=named_seed(self.seed, "teacher", step, row, start) % 2**31,
+                    )
+                )
+        return queries
+
+    def _starts(self, rollout: Rollout, row: int, step: int) -> list[int]:
+        count, length = self.config.chunks, self.config.chunk_tokens
+        if self.config.selector == "random":
+            return random_starts(len(rollout), count, length, named_seed(self.seed, "chunks", step, row))
+        return select_starts(rollout.entropy, count, length)
+
+    def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
+        """Compare, score and place: values on audited tokens, branches from what the teacher wrote."""
+        answered = [e for e in evidence if isinstance(e, Continuations)]
+        drops, rejects = Counter[str](), Counter[str]()
+        spoken = []
+        for found in answered:
+            rejects.update(found.rejected)
+            if len(found.replies) >= n_min(found.query.n):
+                spoken.append(found)
+            else:
+                drops[max(found.rejected, key=lambda r: found.rejected[r], default="unanswered")] += 1
+        chunks = [found.query.chunk for found in spoken]
+        replies = [found.replies for found in spoken]
+        prompt_ids = [found.query.prompt.id for found in spoken]
+        floor = chance_floor(chunks, replies, prompt_ids, self.score, named_seed(self.seed, "floor", step))
+        verdicts = judge_all(chunks, replies, self.score)
+        if self.config.calibrate and floor is not None:
+            verdicts = [replace(v, scores=tuple(calibrated(phi, floor) for phi in v.scores)) for v in verdicts]
+        audits = [
+            Audit(chunk, rollouts[chunk.row].logprobs[chunk.start : chunk.end], verdict)
+            for chunk, verdict in zip(chunks, verdicts, strict=True)
+        ]
+        if self.config.placebo == "shuffle":
+            audits = shuffled(audits, named_seed(self.seed, "shuffle", step))
+        read = [signal.read(audits) for signal in self.signals]
+        if self.config.placebo == "constant":
+            read = [constant_values(signals, chunks) for signals in read]
+        values, mask = self._place(rollouts, audits, read)
+        branches = self._branches(rollouts, audits, read)
+        return Signal(
+            values_BT=values,
+            mask_BT=mask,
+            branches=tuple(branches),
+            branch_scale=self._branch_scale(read),
+            drops=drops,
+            rejects=rejects,
+            stats=_stats(audits, floor, branches, answered),
+            audits=tuple(_records(rollouts, answered, audits, read)),
+        )
+
+    def _place(
+        self, rollouts: Sequence[Rollout], audits: Sequence[Audit], read: Sequence[Sequence[ChunkSignal]]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Per-token values, the signals added up with their weights, and where any of them spoke."""
+        values = tuple(torch.zeros(len(rollout)) for rollout in rollouts)
+        mask = tuple(torch.zeros(len(rollout), dtype=torch.bool) for rollout in rollouts)
+        for config, signals in zip(self.config.signals, read, strict=True):
+            for audit, signal in zip(audits, signals, strict=True):
+                span = slice(audit.chunk.start, audit.chunk.end)
+                spoke = torch.tensor(signal.mask)
+                own = torch.tensor(signal.values).where(spoke, torch.zeros(()))
+                values[audit.chunk.row][span] += config.weight * own
+                mask[audit.chunk.row][span] |= spoke
+        return values, mask
+
+    def _branches(
+        self, rollouts: Sequence[Rollout], audits: Sequence[Audit], read: Sequence[Sequence[ChunkSignal]]
+    ) -> list[Branch]:
+        branches = []
+        end_id = min(self.text.end_ids)
+        for signals in read:
+            for audit, signal in zip(audits, signals, strict=True):
+                row = audit.chunk.row
+                for reply, weight in signal.targets:
+                    prefix = audit.chunk.prefix
+                    branch = continuation_branch(rollouts[row], row, prefix, reply, weight, self.text, end_id)
+                    if branch is not None:
+                        branches.append(branch)
+        return branches
+
+    def _branch_scale(self, read: Sequence[Sequence[ChunkSignal]]) -> float:
+        """The branches' term is a mean over their own tokens, so their signal's weight multiplies the whole of it."""
+        pairs = zip(self.config.signals, read, strict=True)
+        return math.fsum(config.weight for config, signals in pairs if any(signal.targets for signal in signals))
+
+
+class PaperConfig(OmniOPDConfig):
+    """The paper's settings [second-hand]: M=10, C=50, N=10, alpha=1, edit distance, one likelihood weight, beta=0.1."""
+
+    name: Literal["omniopd/paper"] = "omniopd/paper"  # type: ignore[assignment]
+    score: tagged(SCORES) = Field(default="edit_distance", validate_default=True)  # type: ignore[valid-type]
+    signals: list[tagged(SIGNALS)] = Field(  # type: ignore[valid-type]
+        default=["likelihood_weight"], validate_default=True, min_length=1
+    )
+
+
+@METHODS.register("omniopd/paper")
+class OmniOPDPaper(OmniOPD):
+    """OmniOPD as published, as far as third-party readings tell."""
+
+    Config: ClassVar[type[Objective]] = PaperConfig
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return fmean(numbers) if numbers else None
+
+
+def _stats(
+    audits: Sequence[Audit], floor: float | None, branches: Sequence[Branch], answered: Sequence[Continuations]
+) -> dict[str, float | None]:
+    """What a step's log says of its evidence."""
+    texts = [[reply.text for reply in found.replies] for found in answered]
+    drawn = sum(map(len, texts))
+    return {
+        "chunks": float(len(audits)),
+        "mean_score": _mean([phi for audit in audits for phi in audit.verdict.scores]),
+        "chance_floor": floor,
+        "n_eff": _mean([float(len(audit.verdict.scores)) for audit in audits]),
+        "duplicate_rate": 1 - sum(len(set(t)) for t in texts) / drawn if drawn else None,
+        "zero_match_share": _mean([float(sum(audit.verdict.scores) == 0) for audit in audits]),
+        "branch_tokens": float(sum(len(b.ids) - b.context for b in branches)),
+        "retokenized_branches": float(retokenized(branches)),
+    }
+
+
+def _records(
+    rollouts: Sequence[Rollout],
+    answered: Sequence[Continuations],
+    audits: Sequence[Audit],
+    read: Sequence[Sequence[ChunkSignal]],
+) -> list[dict[str, Any]]:
+    """One JSON record per rollout: its text and what happened to each of its chunks, for the report."""
+    judged: Mapping[Chunk, int] = {audit.chunk: i for i, audit in enumerate(audits)}
+    records = []
+    for row, rollout in enumerate(rollouts):
+        chunks = [
+            _chunk_record(rollout, found, audits, read, judged.get(found.query.chunk))
+            for found in answered
+            if found.query.chunk.row == row
+        ]
+        records.append(
+            {
+                "prompt_id": rollout.prompt.id,
+                "prompt": [{"role": m.role, "content": m.content} for m in rollout.prompt.messages],
+                "text": rollout.text,
+                "reference": rollout.prompt.reference,
+                "finish": rollout.finish,
+                "chunks": chunks,
+            }
+        )
+    return records
+
+
+def _chunk_record(
+    rollout: Rollout,
+    found: Continuations,
+    audits: Sequence[Audit],
+    read: Sequence[Sequence[ChunkSignal]],
+    index: int | None,
+) -> dict[str, Any]:
+    chunk = found.query.chunk
+    opens = len(chunk.prefix)
+    record: dict[str, Any] = {
+        "start": chunk.start,
+        "end": chunk.end,
+        "char_start": opens,
+        "char_end": opens + len(chunk.text),
+        "prefix_end": opens,
+        "text": chunk.text,
+        "entropy": rollout.entropy[chunk.start],
+        "rejected": dict(found.rejected),
+        "n_eff": len(found.replies),
+        "tokens": [chunk.text[a:b] for a, b in zip((0, *chunk.ends), chunk.ends, strict=False)],
+        "replies": [{"text": r.text, "finish": r.finish} for r in found.replies],
+        "dropped": None if index is not None else max(found.rejected, key=lambda r: found.rejected[r], default="unanswered"),
+    }
+    if index is None:
+        return record
+    verdict = audits[index].verdict
+    signals = [signals[index] for signals in read]
+    record["k"] = sum(verdict.scores)
+    record["score"] = _mean(verdict.scores)
+    record["values"] = [round(sum(s.values[j] for s in signals if s.mask[j]), 6) for j in range(len(chunk.ends))]
+    record["weight"] = _mean([v for v in record["values"] if v])
+    for reply, said, score in zip(record["replies"], found.replies, verdict.scores, strict=False):
+        reply["score"], reply["agreed"] = round(score, 6), agreed(chunk, said)
+    return record

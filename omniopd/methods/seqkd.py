@@ -1,0 +1,81 @@
+"""Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): supervised training on the teacher's own answers.
+
+The baseline of every text-only comparison. The student writes nothing; each answer is a branch right after its prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from omniopd.branches import continuation_branch
+from omniopd.method import Method, StudentText
+from omniopd.objective import Anchor, Objective
+from omniopd.registry import METHODS
+from omniopd.sampling import named_seed
+from omniopd.types import AnswerQuery, Answers, Evidence, Query, Rollout, Signal
+
+
+class SeqKDConfig(Objective):
+    """How many answers to ask for, and how long they may be. No anchor, since there are no student tokens to hold."""
+
+    name: Literal["seqkd"] = "seqkd"
+    anchor: Anchor = Anchor(beta=0.0, allow_none=True)
+    answers: int = Field(default=1, ge=1, le=128, description="answers asked for per prompt")
+    answer_tokens: int = Field(default=512, ge=1, description="token limit of an answer; longer ones are dropped")
+
+
+@METHODS.register("seqkd")
+class SeqKD(Method):
+    """Learn the teacher's own answers."""
+
+    Config: ClassVar[type[Objective]] = SeqKDConfig
+    needs = frozenset({"answer"})
+    on_policy = False
+
+    def __init__(self, config: SeqKDConfig, text: StudentText, seed: int) -> None:
+        super().__init__(config, text, seed)
+        self.config = config
+
+    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
+        return [
+            AnswerQuery(
+                prompt=rollout.prompt,
+                row=row,
+                n=self.config.answers,
+                max_tokens=self.config.answer_tokens,
+                seed=named_seed(self.seed, "teacher", step, row) % 2**31,
+            )
+            for row, rollout in enumerate(rollouts)
+        ]
+
+    def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
+        """Whole answers become branches at 0; one that the token limit cut is dropped, not learned half."""
+        drops, rejects, branches = Counter[str](), Counter[str](), []
+        end_id = min(self.text.end_ids)
+        for found in evidence:
+            if not isinstance(found, Answers):
+                continue
+            rejects.update(found.rejected)
+            for reply in found.replies:
+                if reply.finish == "length":
+                    drops["cut"] += 1
+                    continue
+                row = found.query.row
+                branch = continuation_branch(rollouts[row], row, "", reply, 1.0, self.text, end_id)
+                if branch is not None:
+                    branches.append(branch)
+            if not found.replies:
+                drops[max(found.rejected, key=lambda r: found.rejected[r], default="unanswered")] += 1
+        return Signal(
+            values_BT=tuple(torch.zeros(len(r)) for r in rollouts),
+            mask_BT=tuple(torch.zeros(len(r), dtype=torch.bool) for r in rollouts),
+            branches=tuple(branches),
+            drops=drops,
+            rejects=rejects,
+            stats={"branch_tokens": float(sum(len(b.ids) for b in branches))},
+        )

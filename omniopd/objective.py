@@ -1,0 +1,37 @@
+"""The objective's settings: how terms are averaged, and the anchor that holds what the teacher does not speak about."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from omniopd.settings import Settings
+
+Reduction = Literal["term_mean", "sum_seqmean", "token_mean"]
+
+
+class Anchor(Settings):
+    """`beta * KL(initial student || student)`, exact over the vocabulary, on the response tokens named by `where`."""
+
+    beta: float = Field(default=0.1, ge=0)
+    where: Literal["unaudited", "all"] = "unaudited"
+    allow_none: bool = Field(default=False, description="say so if beta=0 is what you want")
+
+    @model_validator(mode="after")
+    def _deliberate(self) -> Anchor:
+        if self.beta == 0 and not self.allow_none:
+            raise ValueError(
+                "beta=0 removes the anchor, without which students collapse; set beta above 0, or allow_none=true as well"
+            )
+        return self
+
+
+class Objective(Settings):
+    """Settings that every method shares; a method's `Config` extends this."""
+
+    anchor: Anchor = Anchor()
+    reduction: Reduction = Field(
+        default="term_mean",
+        description="term_mean: each term over its own tokens; sum_seqmean: sums per sequence; token_mean: over all tokens",
+    )

@@ -1,0 +1,328 @@
+"""A run: the one place where student, teacher, task and method are put together, and the whole training step."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.intervals import paired_difference
+from evals.runner import Evaluation, evaluate
+from omniopd.config import RunConfig
+from omniopd.errors import ConfigError, RunError, TeacherError
+from omniopd.folder import Record, RunFolder
+from omniopd.method import Method, missing
+from omniopd.progress import Progress
+from omniopd.registry import METHODS, TASKS, TEACHERS
+from omniopd.sampling import named_seed
+from omniopd.store import Store
+from omniopd.types import AnswerQuery, Message, Prompt, Rollout, Teacher, Usage
+from students.checkpoint import save_model
+from students.policy import Policy
+from students.rollouts import Sampler
+from students.trainer import Trainer
+
+
+class Run:
+    """Everything that a run needs, made from its config.
+
+    Raises:
+        OmniError: something that the config names can't be had or doesn't fit; nothing was spent.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.progress = progress or Progress(enabled=False)
+        self.task = TASKS.build(config.task)
+        self.heldout: Sequence[Prompt] = self.task.heldout[: config.eval.problems]
+        torch.manual_seed(config.seed)  # LoRA's initial weights
+        self.policy = Policy(config.student)
+        self.method: Method = METHODS.build(config.method, self.policy, config.seed)
+        self.sampler = Sampler(self.policy, config.seed)
+        self.trainer = Trainer(self.policy, config.train, self.method.objective)
+        for prompt in [*self.task.train, *self.heldout]:
+            self.policy.prompt_ids(prompt)  # one that does not fit is found now, not after an hour
+
+    # ------------------------------------------------------------------ one step
+
+    async def step(self, step: int, teacher: Teacher) -> tuple[dict[str, Any], list[dict[str, Any]], Usage]:
+        """Write, ask, read, learn. Returns the step's row for the log, its audits, and what the teacher used."""
+        torch.manual_seed(named_seed(self.config.seed, "update", step))  # dropout, for models that have any
+        clock = _Clock()
+        prompts = self.prompts(step)
+        rollouts = self.sampler.sample(prompts, step) if self.method.on_policy else self.sampler.unwritten(prompts)
+        clock.lap("seconds_rollout")
+        queries = self.method.audit(rollouts, step)
+        evidence = await teacher.gather(queries)
+        clock.lap("seconds_evidence")
+        signal = self.method.read(rollouts, evidence, step)
+        metrics = self.trainer.update(rollouts, signal)
+        clock.lap("seconds_update")
+        usage = sum((e.usage for e in evidence), Usage())
+        row = {
+            "step": step,
+            **metrics,
+            "coverage": signal.coverage,
+            "audited_tokens": sum(int(mask.sum()) for mask in signal.mask_BT),
+            "queries": len(queries),
+            "drops": dict(signal.drops),
+            "rejects": dict(signal.rejects),
+            **signal.stats,
+            **_rollout_stats(rollouts),
+            **_usage_row(usage),
+            **clock.laps,
+        }
+        return row, [{"step": step, **audit} for audit in signal.audits], usage
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The prompts of step 1, 2, ...: a fresh shuffle of the data per epoch, the same for every method under one seed."""
+        train, size = self.task.train, self.config.train.prompts_per_step
+        picked: list[Prompt] = []
+        for position in range((step - 1) * size, step * size):
+            epoch, place = divmod(position, len(train))
+            if not picked or place == 0:
+                order = list(range(len(train)))
+                random.Random(named_seed(self.config.seed, "order", epoch)).shuffle(order)
+            picked.append(train[order[place]])
+        return picked
+
+    # ------------------------------------------------------------------ all steps
+
+    def train(self, *, resume: bool = False) -> dict[str, Any]:
+        """Train to the end, from the last checkpoint if resuming; returns the summary that is also on disk.
+
+        Raises:
+            OmniError: the run had to stop; what it had is in its last checkpoint.
+        """
+        return asyncio.run(self._train(resume))
+
+    async def _train(self, resume: bool) -> dict[str, Any]:
+        folder = RunFolder(self.config, resume=resume)
+        with folder.writing():
+            self.config.store_path.parent.mkdir(parents=True, exist_ok=True)
+        async with open_teacher(self, self.config.store_path) as teacher:
+            if resume:
+                folder.check_teacher(teacher.fingerprint)
+            record = folder.restore(self.policy, self.trainer)
+            folder.write_manifest(teacher.fingerprint, self.policy)
+            if record.before is None:
+                record.before = self.evaluate("before").to_json(samples=20)
+                folder.log({"step": 0, "eval": _figures(record.before)})
+                folder.checkpoint(record, self.policy, self.trainer)
+            status = "failed"
+            try:
+                await self._loop(folder, record, teacher)
+                after = self.evaluate("after")
+                if self.config.eval.teacher and record.teacher is None:
+                    taught, usage = await self.ask_teacher(teacher)
+                    record.teacher, record.usage = taught.to_json(samples=20), record.usage + usage
+                status = "finished"
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                status = "interrupted"
+                raise
+            finally:
+                if status != "finished":
+                    self._stop(folder, record, teacher, status)
+            with folder.writing():
+                save_model(folder.path / "student", self.policy)
+            summary = self.summary(record, teacher, status, after)
+            folder.write_summary(summary)
+            return summary
+
+    async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher) -> None:
+        config = self.config.train
+        silent = 0
+        with self.progress.task("distilling", total=config.steps, done=record.step) as bar:
+            while record.step < config.steps:
+                began = time.monotonic()
+                row, audits, usage = await self.step(record.step + 1, teacher)
+                record.add(row, usage, time.monotonic() - began)
+                if self.config.eval.every and record.step % self.config.eval.every == 0 and record.step < config.steps:
+                    row["eval"] = _figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
+                folder.log(row)
+                folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
+                bar.advance(_headline(row, record))
+                if record.step % config.save_every == 0 or record.step == config.steps:
+                    folder.checkpoint(record, self.policy, self.trainer)
+                silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0
+                if silent >= config.max_silent_steps:
+                    raise TeacherError(
+                        f"teacher: {silent} steps in a row gave no signal ({_reasons(record)}); the checkpoint of step "
+                        f"{record.step} is kept in {folder.path}; see `omniopd verify` for what the teacher says"
+                    )
+
+    def _stop(self, folder: RunFolder, record: Record, teacher: Teacher, status: str) -> None:
+        """Keep what there is: weights are as after the last whole step, whatever happened since."""
+        try:
+            folder.checkpoint(record, self.policy, self.trainer)
+            folder.write_summary(self.summary(record, teacher, status, None))
+        except RunError:
+            self.progress.say("the last checkpoint could not be written; an earlier one is kept")
+
+    def check_needs(self, teacher: Teacher) -> None:
+        """Refuse a teacher that can't give what the method needs."""
+        if lacking := missing(self.method.needs, teacher.capabilities):
+            raise ConfigError(
+                f"method: needs {' and '.join(lacking)}, which this teacher does not offer; choose another teacher or method"
+            )
+
+    # ------------------------------------------------------------------ measuring
+
+    def evaluate(self, title: str, problems: int | None = None) -> Evaluation:
+        """The student's greedy accuracy on the held-out problems."""
+        prompts = self.heldout[:problems]
+
+        def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
+            return [(rollout.text, rollout.finish == "stop") for rollout in self.sampler.greedy(batch)]
+
+        with self.progress.task(f"accuracy {title}", total=len(prompts)) as bar:
+            return evaluate(self.task, prompts, generate, seed=self.config.seed, progress=lambda done, _: bar.advance(by=done - bar.done))
+
+    async def ask_teacher(self, teacher: Teacher) -> tuple[Evaluation, Usage]:
+        """The teacher's own accuracy on the same problems, an answer each, and what those answers cost."""
+        limit, seed = self.config.eval.teacher_tokens, self.config.seed
+        queries = [
+            AnswerQuery(prompt, row, 1, limit, named_seed(seed, "teacher answers", row) % 2**31)
+            for row, prompt in enumerate(self.heldout)
+        ]
+        with self.progress.task("the teacher's accuracy", total=1):
+            evidence = await teacher.gather(queries)
+        texts = {e.query.prompt.id: e.replies[0] if e.replies else None for e in evidence}
+
+        def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
+            replies = [texts[prompt.id] for prompt in batch]
+            return [(reply.text, reply.finish == "stop") if reply else ("", False) for reply in replies]
+
+        return evaluate(self.task, self.heldout, generate, seed=seed), sum((e.usage for e in evidence), Usage())
+
+    def _marked(self, audit: Mapping[str, Any]) -> dict[str, Any]:
+        """A record of the report with the task's verdict on the rollout."""
+        prompt = next(p for p in self.task.train if p.id == audit["prompt_id"])
+        return {**audit, "correct": self.task.check(prompt, audit["text"]) if prompt.reference is not None else None}
+
+    def summary(self, record: Record, teacher: Teacher, status: str, after: Evaluation | None) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        config, method = self.config, self.config.method
+        measured: dict[str, Any] = {"before": _figures(record.before) if record.before else None}
+        if after is not None and record.before:
+            measured["after"] = _figures(after.to_json())
+            measured["difference"] = asdict(paired_difference(record.before["correct"], after.correct, seed=config.seed))
+        if record.teacher:
+            measured["teacher"] = _figures(record.teacher)
+        return {
+            "status": status,
+            "method": method.name,
+            "score": getattr(getattr(method, "score", None), "name", None),
+            "signals": [signal.name for signal in getattr(method, "signals", [])],
+            "seed": config.seed,
+            "steps": record.step,
+            "wall_seconds": round(record.wall_seconds, 2),
+            "eval": measured,
+            "teacher": {"name": getattr(config.teacher, "model", config.teacher.type), **_spent(record.usage)},
+            "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},
+            "drops": dict(record.drops),
+            "rejects": dict(record.rejects),
+            "student": {"path": config.student.path, "parameters": sum(p.numel() for p in self.policy.model.parameters())},
+        }
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 4)
+        self._last = now
+
+
+def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: evaluation[key] for key in ("accuracy", "ci95", "n")}
+
+
+def _spent(usage: Usage) -> dict[str, Any]:
+    return {
+        "calls": usage.calls,
+        "cached_calls": usage.cached_calls,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cost_usd": round(usage.cost_usd, 6),
+    }
+
+
+def _usage_row(usage: Usage) -> dict[str, Any]:
+    return {("cost_usd" if key == "cost_usd" else f"teacher_{key}"): value for key, value in _spent(usage).items()}
+
+
+def _rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    tokens = sum(map(len, rollouts))
+    return {
+        "mean_entropy": sum(sum(r.entropy) for r in rollouts) / tokens if tokens else 0.0,
+        "mean_length": tokens / len(rollouts),
+        "finished_share": sum(r.finish == "stop" for r in rollouts) / len(rollouts),
+    }
+
+
+def _reasons(record: Record) -> str:
+    counts: Counter[str] = record.drops + record.rejects if record.rejects else record.drops
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "no chunk fits the responses"
+
+
+def _headline(row: Mapping[str, Any], record: Record) -> str:
+    usage = record.usage
+    tokens = usage.prompt_tokens + usage.completion_tokens
+    accuracy = f"accuracy {row['eval']['accuracy']:.1%}  " if "eval" in row else ""
+    return f"{accuracy}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {tokens / 1000:,.0f}k tokens  ${usage.cost_usd:.4f}"
+
+
+@asynccontextmanager
+async def open_teacher(run: Run, store_path: Path) -> AsyncIterator[Teacher]:
+    """The config's teacher with its answer store, closed at the end; refused if it can't give what the method needs."""
+    store = Store(store_path)
+    teacher: Teacher = TEACHERS.build(run.config.teacher, store)
+    try:
+        run.check_needs(teacher)
+        yield teacher
+    finally:
+        await teacher.close()
+        store.close()
+
+
+async def measure_teacher(run: Run) -> Evaluation:
+    """The teacher's accuracy on the run's held-out problems; its answers are kept in the run's store."""
+    run.config.store_path.parent.mkdir(parents=True, exist_ok=True)
+    async with open_teacher(run, run.config.store_path) as teacher:
+        return (await run.ask_teacher(teacher))[0]
+
+
+async def verify_answer(run: Run, question: str, answer: str) -> dict[str, Any]:
+    """Audit one given answer; returns its record: chunks, continuations, scores and values."""
+    prompt = Prompt("verify", (Message("user", question),))
+    rollouts = [run.sampler.given(prompt, answer)]
+    run.config.store_path.parent.mkdir(parents=True, exist_ok=True)
+    async with open_teacher(run, run.config.store_path) as teacher:
+        evidence = await teacher.gather(run.method.audit(rollouts, 0))
+    audits = run.method.read(rollouts, evidence, 0).audits
+    if not audits:
+        raise ConfigError(f"method: '{run.config.method.name}' audits no answers; choose omniopd")
+    return dict(audits[0])
+
+
+def distill(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Distil a student as the config says; returns the run's summary.
+
+    Raises:
+        OmniError: see the message; it names the field or file and the mend.
+    """
+    return Run(config, progress).train(resume=resume)

@@ -1,0 +1,229 @@
+"""The shared language of the packages: data only, and nothing imported from them.
+
+Shape suffixes used everywhere: `_B` rollouts of a step, `_T` response tokens, `_M` audited chunks, `_N` teacher
+continuations of a chunk, `_C` tokens of a chunk, `_V` vocabulary. Ragged axes are allowed.
+
+A hole in the evidence is a mask and a counted reason, never a zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+Role = Literal["system", "user", "assistant"]
+Finish = Literal["stop", "length"]
+Author = Literal["student", "teacher", "mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the student is asked. `reference` is the right answer, if known; `extras` only a teacher may see."""
+
+    id: str
+    messages: tuple[Message, ...]
+    reference: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What was written after a prompt, token by token.
+
+    `ids`, `logprobs`, `entropy` and `ends` are all [T]. The end-of-text token belongs to the response: it is the last
+    id when `finish` is "stop". `logprobs` and `entropy` (nats) belong to the distribution that *produced* each token,
+    exact over the whole vocabulary in fp32, at temperature 1. `ends[t]` is the length of the text, in characters,
+    that the tokens up to and including t have completed: a token that ends inside a character completes nothing.
+    """
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    entropy: tuple[float, ...]
+    ends: tuple[int, ...]
+    text: str
+    finish: Finish
+    author: Author = "student"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A span [start, end) of one rollout's tokens, C long, that the teacher is asked about.
+
+    The teacher sees `prefix`, the text before the chunk without its trailing white space; that white space opens
+    `text`, so that `prefix + text` is the rollout's text up to the chunk's end, byte for byte. Token j of the chunk is
+    complete at character `ends[j]` of `text`. `closes` says that the chunk's last token ends the response.
+    """
+
+    row: int  # index into the step's rollouts
+    start: int
+    end: int
+    prefix: str
+    text: str
+    ends: tuple[int, ...]
+    closes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ContinueQuery:
+    """Go on from `chunk.prefix`, N times, independently, at temperature 1."""
+
+    prompt: Prompt
+    chunk: Chunk
+    n: int
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerQuery:
+    """Answer the prompt, N times, independently. `row` is the rollout that the answers belong beside."""
+
+    prompt: Prompt
+    row: int
+    n: int
+    max_tokens: int
+    seed: int
+
+
+Query = ContinueQuery | AnswerQuery
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One text of the teacher. `finish` is "length" where the token limit cut it: what would follow is unknown."""
+
+    text: str
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What calls to a teacher used. `calls` counts HTTP calls, `cached_calls` requests answered from the store."""
+
+    calls: int = 0
+    cached_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.calls + other.calls,
+            self.cached_calls + other.cached_calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cost_usd + other.cost_usd,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """The valid continuations of a chunk's prefix, at most N, and the rest counted by reason.
+
+    `len(replies) + sum(rejected.values()) == query.n`, always.
+    """
+
+    query: ContinueQuery
+    replies: tuple[Reply, ...]
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The teacher's own answers to a prompt; `rejected` as in `Continuations`."""
+
+    query: AnswerQuery
+    replies: tuple[Reply, ...]
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    usage: Usage = Usage()
+
+
+Evidence = Continuations | Answers
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Tokens that the teacher wrote after the first `at` tokens of rollout `row`, with their weight in the loss.
+
+    `at == 0` branches off right after the prompt: a whole answer of the teacher's. The first `context` ids are only read,
+    not learned: they spell the student's own prefix where the student's tokenizer would now cut it differently.
+    """
+
+    row: int
+    at: int
+    ids: tuple[int, ...]
+    weight: float
+    context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Evidence placed on tokens: what the update multiplies -log p with. No gradient flows through any of it.
+
+    `values_BT[b][t]` is a likelihood weight or an advantage, `mask_BT` True where the teacher spoke. Values outside the
+    mask are 0 and mean nothing. `branches` are tokens of the teacher's to learn from beside the student's own, and
+    `branch_scale` multiplies their part of the loss.
+    `drops` counts *chunks* (or answers) by the reason they gave no signal, `rejects` single replies.
+    """
+
+    values_BT: tuple[torch.Tensor, ...]
+    mask_BT: tuple[torch.Tensor, ...]
+    branches: tuple[Branch, ...] = ()
+    branch_scale: float = 1.0
+    drops: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+    stats: Mapping[str, float | None] = field(default_factory=dict)
+    audits: Sequence[Mapping[str, Any]] = ()  # JSON records for the report: what was asked, said and scored
+
+    @property
+    def coverage(self) -> float:
+        """Share of the response tokens on which the teacher spoke."""
+        tokens = sum(mask.numel() for mask in self.mask_BT)
+        return sum(int(mask.sum()) for mask in self.mask_BT) / tokens if tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a teacher offers. `continuation` is the rung of the ladder in use: raw, prefill or instruct."""
+
+    answer: bool = True
+    continuation: Literal["raw", "prefill", "instruct"] | None = None
+    score: bool = False
+    topk: int = 0
+    logits: bool = False
+    hidden: bool = False
+
+
+class Teacher(Protocol):
+    """Anything that can be asked. `fingerprint` names everything that can change an answer, and holds no secret."""
+
+    fingerprint: str
+    capabilities: Capabilities
+
+    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
+        """Evidence for each query, in order. A query that fails comes back empty with its reason counted.
+
+        Raises:
+            TeacherError: the teacher can't be used at all (unreachable, bad key, out of money).
+        """
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The student: a Hugging Face causal LM that writes rollouts and learns from a signal."""

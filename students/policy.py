@@ -1,0 +1,197 @@
+"""The student's weights: loading, LoRA, the frozen reference, and what the model can do, found by trying it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from omniopd.errors import DataError, StudentError
+from omniopd.settings import Settings
+from omniopd.types import Prompt
+
+
+class LoraSettings(Settings):
+    """Train adapters instead of all weights; the frozen reference is then the same model with adapters off."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class StudentSettings(Settings):
+    """Which model learns, and how it samples."""
+
+    path: str = Field(description="model folder or hub id")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSettings | None = None
+    max_new_tokens: int = Field(default=512, ge=1)
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    slice_tokens: int = Field(default=1024, ge=1, description="positions whose logits exist at one time")
+    micro_batch_tokens: int = Field(default=16_384, ge=1, description="padded tokens in one forward pass")
+
+
+class Policy:
+    """A causal LM with its tokenizer and frozen initial weights.
+
+    Raises:
+        StudentError: the path is no causal language model, or its tokenizer can't do what is needed.
+    """
+
+    def __init__(self, settings: StudentSettings) -> None:
+        self.settings = settings
+        self.tokenizer = _load_tokenizer(settings.path)
+        model = _load_model(settings)
+        self.end_ids = _end_ids(model, self.tokenizer)
+        self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self._reference: PreTrainedModel | None = None
+        if settings.lora:
+            model = _with_lora(model, settings.lora)
+        else:
+            self._reference = copy.deepcopy(model).requires_grad_(False).eval()
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.model = model
+        self.splits_head = _hidden_times_head_is_logits(self.causal_lm)
+        self.packs_trees = self.splits_head and _tree_mask_is_exact(self.causal_lm)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The causal LM itself, adapters in place."""
+        return self.model.get_base_model() if self.settings.lora else self.model
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The frozen initial student: a copy, or the same model with its adapters off."""
+        if self._reference is not None:
+            yield self._reference
+        else:
+            with self.model.disable_adapter():
+                yield self.causal_lm
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self._reference is not None:
+            self._reference.to(device)
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt by the model's own chat template, ready for the answer.
+
+        Raises:
+            DataError: prompt and response do not fit the model's context.
+        """
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        room = self.context - self.settings.max_new_tokens
+        if len(ids) > room:
+            raise DataError(
+                f"prompt {prompt.id}: {len(ids)} tokens and student.max_new_tokens={self.settings.max_new_tokens} do not "
+                f"fit the student's context of {self.context}; shorten the prompt or lower student.max_new_tokens"
+            )
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of plain text, and each token's span of characters."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def split_model(model: PreTrainedModel) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The transformer without its head, and the head."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise StudentError(f"student.path: {type(model).__name__} has no output head")
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model, head
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the library raises a different type for every way in which this fails
+        raise StudentError(f"student.path: '{path}' has no tokenizer that loads: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise StudentError(f"student.path: '{path}' has a slow tokenizer without character offsets; use its fast version")
+    if not tokenizer.chat_template:
+        raise StudentError(f"student.path: the tokenizer of '{path}' has no chat template; use an instruct model or add one")
+    return tokenizer
+
+
+def _load_model(settings: StudentSettings) -> PreTrainedModel:
+    path = settings.path
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise StudentError(f"student.path: '{path}' is neither a folder nor a hub id like 'Qwen/Qwen3-0.6B'")
+    try:
+        AutoConfig.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, settings.dtype), attn_implementation=settings.attention
+        ).eval()
+    except Exception as error:
+        raise StudentError(f"student.path: '{path}' is no causal language model that loads: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _with_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a response: the generation config's, and the tokenizer's."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise StudentError("student.path: neither the generation config nor the tokenizer names an end-of-text token")
+    return frozenset(ids)
+
+
+@torch.no_grad()
+def _hidden_times_head_is_logits(model: PreTrainedModel) -> bool:
+    """Whether the head alone makes the logits; some families scale or cap them afterwards."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    try:
+        body, head = split_model(model)
+        hidden = body(input_ids=ids).last_hidden_state
+        return torch.allclose(head(hidden).float(), model(input_ids=ids).logits.float(), atol=1e-5, rtol=1e-4)
+    except (TypeError, AttributeError):
+        return False
+
+
+@torch.no_grad()
+def _tree_mask_is_exact(model: PreTrainedModel) -> bool:
+    """Whether a branch packed behind its sibling sees just its own ancestors: not so with recurrent or windowed layers."""
+    body, _ = split_model(model)
+    trunk, branch = [1, 2, 3, 4], [5, 6]
+    packed = torch.tensor([[*trunk, *branch]], device=model.device) % model.config.vocab_size
+    alone = torch.tensor([[*trunk[:2], *branch]], device=model.device) % model.config.vocab_size
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    seen[4:, 2:4] = False  # the branch leaves the trunk after its second token
+    bias = torch.zeros(1, 1, 6, 6, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min).to(model.device)
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=model.device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = body(input_ids=packed, attention_mask=bias, position_ids=positions).last_hidden_state[0, 4:]
+            line = body(input_ids=alone).last_hidden_state[0, 2:]
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    return torch.allclose(tree.float(), line.float(), atol=tolerance, rtol=tolerance)

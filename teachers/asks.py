@@ -1,0 +1,186 @@
+"""A query as it is sent: rendered messages, sampling, and the key of each of its draws. Shared by live and replay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from omniopd.store import NEVER_STORED, Draw
+from omniopd.types import (
+    AnswerQuery,
+    Answers,
+    Continuations,
+    ContinueQuery,
+    Evidence,
+    Message,
+    Prompt,
+    Query,
+    Reply,
+    Usage,
+)
+from teachers import ladder
+from teachers.ladder import Rung
+
+KEY_VERSION = 1
+
+
+def digest(parts: Any) -> str:
+    """SHA-256 over canonical JSON (sorted keys, no spaces, ASCII): the same parts give the same key anywhere."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One rendered request, to be drawn n times. `seed + i` is the seed of draw i."""
+
+    teacher: str
+    rung: Rung
+    messages: tuple[Message, ...]
+    prefix: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def keys(self, n: int) -> list[str]:
+        """The keys of draws 0 to n-1: everything that can change an answer, and the repeat index."""
+        request = {
+            "version": KEY_VERSION,
+            "teacher": self.teacher,
+            "rung": self.rung,
+            "template": ladder.TEMPLATE_VERSION if self.rung == "instruct" else None,
+            "messages": [[message.role, message.content] for message in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+        }
+        return [digest({**request, "repeat": index}) for index in range(n)]
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a teacher is asked: all that decides an answer beside the query and the weights behind `fingerprint`."""
+
+    fingerprint: str
+    rung: Literal["prefill", "instruct"]
+    system: str | None
+    temperature: float
+    top_p: float
+
+    def ask(self, query: Query) -> Ask:
+        """Render a query. The text of the audited chunk is not looked at."""
+        if isinstance(query, AnswerQuery):
+            return self.render("answer", query.prompt, "", query.max_tokens, query.seed)
+        prefix = query.chunk.prefix
+        return self.render(self.rung if prefix else "plain", query.prompt, prefix, query.max_tokens, query.seed)
+
+    def render(self, rung: Rung, prompt: Prompt, prefix: str, max_tokens: int, seed: int) -> Ask:
+        """Render on a rung of one's own choice; `instruct` adds to the token limit what the echo costs."""
+        if rung == "prefill":
+            messages = ladder.render_prefill(prompt, prefix)
+        elif rung == "instruct":
+            messages = ladder.render_instruct(prompt, prefix)
+            max_tokens += ladder.ECHO_TOKENS
+        else:
+            messages = ladder.render_answer(prompt)
+        return Ask(
+            teacher=self.fingerprint,
+            rung=rung,
+            messages=self._with_system(messages),
+            prefix=prefix,
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+        )
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if not self.system:
+            return messages
+        if messages and messages[0].role == "system":  # several APIs refuse a second system message
+            return (Message("system", f"{self.system}\n\n{messages[0].content}"), *messages[1:])
+        return (Message("system", self.system), *messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One text of a completion as a back end read it, before the ladder's rules.
+
+    `finish` beside "stop" and "length": `filtered`, `refusal`, or `error` (ended by accident or for no stated reason).
+    """
+
+    text: str
+    finish: Literal["stop", "length", "filtered", "refusal", "error"]
+    hidden_reasoning: bool = False
+
+
+def judge(choice: Choice, ask: Ask, model: str, prompt_tokens: int, completion_tokens: int) -> Draw:
+    """A choice as a draw: its continuation with white space as sent, or the raw text with the rule that it broke."""
+    text, hidden = choice.text, choice.hidden_reasoning
+    finish: Literal["stop", "length"] = "length" if choice.finish == "length" else "stop"
+    if choice.finish in NEVER_STORED:
+        rejected: str | None = choice.finish
+    else:
+        if ask.rung == "instruct":
+            text, thought = ladder.split_thought(text)
+            hidden = hidden or thought
+        rejected = ladder.validate(text, ask.prefix, ask.rung, hidden, finish)
+        if rejected is None and ask.rung == "instruct":
+            text = ladder.strip_echo(text, ask.prefix) or ""
+    return Draw(
+        text=text if rejected is None else choice.text,
+        finish=finish,
+        rung=ask.rung,
+        model=model,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        time=round(time.time(), 3),
+        rejected=rejected,
+    )
+
+
+def evidence(query: Query, outcomes: Mapping[int, Draw | str], usage: Usage) -> Evidence:
+    """The evidence of a query from one outcome per draw: a draw, or the reason why there is none."""
+    replies: list[Reply] = []
+    rejected: Counter[str] = Counter()
+    for index in range(query.n):
+        outcome = outcomes[index]
+        if isinstance(outcome, str):
+            rejected[outcome] += 1
+        elif outcome.rejected is not None:
+            rejected[outcome.rejected] += 1
+        else:
+            replies.append(Reply(outcome.text, outcome.finish))
+    if isinstance(query, ContinueQuery):
+        return Continuations(query, tuple(replies), dict(rejected), usage)
+    return Answers(query, tuple(replies), dict(rejected), usage)
+
+
+def describe(query: Query) -> str:
+    """A query in a few words, for messages."""
+    place = f"chunk at token {query.chunk.start}" if isinstance(query, ContinueQuery) else "whole answer"
+    row = query.chunk.row if isinstance(query, ContinueQuery) else query.row
+    return f"prompt '{query.prompt.id}', rollout {row}, {place}"
+
+
+def order(query: Query) -> tuple[int, int]:
+    """Sort key: the rollout, then the place in it; a whole answer comes before any chunk."""
+    return (query.chunk.row, query.chunk.start) if isinstance(query, ContinueQuery) else (query.row, -1)
+
+
+def settings_of(manner: Manner) -> dict[str, Any]:
+    """What a replay needs to rebuild the keys."""
+    return {
+        "rung": manner.rung,
+        "system": manner.system,
+        "temperature": manner.temperature,
+        "top_p": manner.top_p,
+        "template": ladder.TEMPLATE_VERSION,
+    }

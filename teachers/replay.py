@@ -1,0 +1,111 @@
+"""A teacher that answers from a recorded store and never from a network: `type: replay`, `path: FILE`.
+
+The same queries bring the same replies and the same holes, with their reasons, as in the run that recorded the store;
+only the usage differs, since nothing is called or paid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from omniopd.errors import ConfigError, StoreError
+from omniopd.registry import TEACHERS
+from omniopd.settings import Settings
+from omniopd.store import Draw, Store
+from omniopd.types import Capabilities, Evidence, Query, Usage
+from teachers import ladder
+from teachers.asks import Manner, describe, evidence
+
+
+class ReplayConfig(Settings):
+    """Settings of `type: replay`. `fingerprint` picks the teacher where the store holds answers of several."""
+
+    type: Literal["replay"] = "replay"
+    path: str
+    fingerprint: str | None = None
+
+
+@TEACHERS.register("replay")
+class ReplayTeacher:
+    """A recorded teacher. It has the fingerprint of the one it repeats, so a replay computes the same keys."""
+
+    Config = ReplayConfig
+
+    def __init__(self, config: ReplayConfig, store: Store | None = None) -> None:
+        """Open the recording; `store`, the run's own, is not used.
+
+        Raises:
+            StoreError: the file is missing or no store, or was recorded by another version.
+            ConfigError: `fingerprint` is needed, or names no teacher of that store.
+        """
+        self._recording = Store(config.path, create=False)
+        self.on_progress: Callable[[int], None] | None = None
+        try:
+            self.fingerprint, self._manner = self._recorded(config)
+        except BaseException:
+            self._recording.close()
+            raise
+        self.capabilities = Capabilities(continuation=self._manner.rung)
+
+    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
+        """The recorded evidence for each query, in order.
+
+        Raises:
+            StoreError: a draw was never recorded.
+        """
+        found = []
+        for done, query in enumerate(queries, start=1):
+            found.append(self._answer(query))
+            if self.on_progress is not None:
+                self.on_progress(done)
+        return found
+
+    async def close(self) -> None:
+        """Close the recording."""
+        self._recording.close()
+
+    def _answer(self, query: Query) -> Evidence:
+        keys = self._manner.ask(query).keys(query.n)
+        draws = self._recording.get_many(keys)
+        holes = self._recording.get_holes(key for key in keys if key not in draws)
+        outcomes: dict[int, Draw | str] = {}
+        for index, key in enumerate(keys):
+            outcome = draws.get(key) or holes.get(key)
+            if outcome is None:
+                raise StoreError(
+                    f"{self._recording.path}: draw {index + 1} of {query.n} was never recorded ({describe(query)}); "
+                    "replay with the recorded run's student, seed and settings, or record anew with the live teacher"
+                )
+            outcomes[index] = outcome
+        return evidence(query, outcomes, Usage(cached_calls=1))
+
+    def _recorded(self, config: ReplayConfig) -> tuple[str, Manner]:
+        teachers = self._recording.teachers()
+        if not teachers:
+            raise StoreError(f"{config.path}: holds no recorded teacher; record a run into it first")
+        known = ", ".join(f"'{fingerprint}'" for fingerprint in teachers)
+        if config.fingerprint is None and len(teachers) > 1:
+            raise ConfigError(f"teacher.fingerprint: {config.path} holds several teachers, name one: {known}")
+        fingerprint = config.fingerprint or next(iter(teachers))
+        if fingerprint not in teachers:
+            raise ConfigError(f"teacher.fingerprint: '{fingerprint}' is not in {config.path}; known: {known}")
+        settings = teachers[fingerprint]
+        try:
+            manner = Manner(
+                # No rung was settled where nothing but whole answers was asked: none is needed.
+                fingerprint,
+                settings["rung"] or "instruct",
+                settings["system"],
+                settings["temperature"],
+                settings["top_p"],
+            )
+            template = settings["template"]
+        except KeyError as error:
+            raise StoreError(f"{config.path}: teacher '{fingerprint}' lacks its {error}; record anew") from None
+        if manner.rung == "instruct" and template != ladder.TEMPLATE_VERSION:
+            raise StoreError(
+                f"{config.path}: recorded with version {template} of the instruction, this program has version "
+                f"{ladder.TEMPLATE_VERSION}; replay with the version that recorded it, or record anew"
+            )
+        return fingerprint, manner
