@@ -26,7 +26,7 @@ _STATED = re.compile(
 )
 _WORD = re.compile(rf"(?<![\\A-Za-z])(?!(?:{MATH_WORDS})\b)[A-Za-z]{{3,}}")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}")
-_SEVERAL = re.compile(r"\b(?:or|and)\b|;|,(?!\d{3})")
+_SEVERAL = re.compile(r"\b(?:or|and)\b|;|,(?!\d{3})|[<>!]$")
 _LONGEST = 300  # what is longer is not an expression that could be compared in reasonable time
 
 

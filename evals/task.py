@@ -14,8 +14,15 @@ class Task(Protocol):
     The two lists share no prompt, ids are unique within each, and the same config gives the same lists.
     """
 
-    train: Sequence[Prompt]
-    heldout: Sequence[Prompt]
+    @property
+    def train(self) -> Sequence[Prompt]:
+        """What to train on; a plain attribute will do."""
+        ...
+
+    @property
+    def heldout(self) -> Sequence[Prompt]:
+        """What to measure with; may be empty."""
+        ...
 
     def check(self, prompt: Prompt, text: str) -> bool:
         """Whether `text` answers the prompt rightly.

@@ -9,7 +9,7 @@ from omniopd.types import Branch, Reply, Rollout
 
 
 def continuation_branch(
-    rollout: Rollout, row: int, prefix: str, reply: Reply, weight: float, text: StudentText, end_id: int
+    rollout: Rollout, row: int, prefix: str, reply: Reply, weight: float, text: StudentText
 ) -> Branch | None:
     """The branch that a teacher's continuation of `prefix` makes on a rollout that opens with `prefix`.
 
@@ -33,7 +33,7 @@ def continuation_branch(
     tail = ids[shared:]
     context = max(0, first_learned - shared)
     if reply.finish == "stop":
-        tail = [*tail, end_id]
+        tail = [*tail, text.end_id]
     elif len(tail) - context > 1:
         tail = tail[:-1]
     if len(tail) <= context:

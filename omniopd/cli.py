@@ -171,7 +171,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if "difference" in measured:
         table.add_row("gain, in points", _gain(measured["difference"]), "")
     console = Console()
-    console.print(table)
+    if table.rows:
+        console.print(table)
     asked = Table("calls", "from the store", "tokens in", "tokens out", "cost", "coverage", title="asked of the teacher")
     asked.add_row(
         f"{teacher['calls']:,}",

@@ -30,7 +30,7 @@ class TrainSettings(OptimizerSettings):
 class EvalSettings(Settings):
     """When and on how many held-out problems accuracy is measured; answers are greedy."""
 
-    problems: int | None = Field(default=200, ge=1, description="held-out problems; null takes all")
+    problems: int | None = Field(default=200, ge=0, description="held-out problems; null takes all, 0 measures nothing")
     every: int = Field(default=0, ge=0, description="steps between evaluations on the way; 0: only before and after")
     every_problems: int | None = Field(default=None, ge=1, description="problems of those on the way; null: as many")
     teacher: bool = Field(default=False, description="let the teacher answer the same problems too (paid calls)")

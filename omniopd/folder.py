@@ -46,7 +46,8 @@ class Record:
         self.rejects.update(row["rejects"])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        counters = {"drops": dict(self.drops), "rejects": dict(self.rejects)}
+        return {**vars(self), "usage": asdict(self.usage), **counters}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:

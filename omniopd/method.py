@@ -12,7 +12,8 @@ from omniopd.types import Capabilities, Evidence, Query, Rollout, Signal
 class StudentText(Protocol):
     """The student's tokenizer, as methods need it."""
 
-    end_ids: Collection[int]
+    end_ids: Collection[int]  # every id that ends a response
+    end_id: int  # the one that a response is taught to end with
 
     def decode(self, ids: list[int]) -> str: ...
 

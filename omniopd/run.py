@@ -113,15 +113,16 @@ class Run:
                 folder.check_teacher(teacher.fingerprint)
             record = folder.restore(self.policy, self.trainer)
             folder.write_manifest(teacher.fingerprint, self.policy)
-            if record.before is None:
+            if record.before is None and self.heldout:
                 record.before = self.evaluate("before").to_json(samples=20)
                 folder.log({"step": 0, "eval": _figures(record.before)})
+            if record.step == 0:
                 folder.checkpoint(record, self.policy, self.trainer)
             status = "failed"
             try:
                 await self._loop(folder, record, teacher)
-                after = self.evaluate("after")
-                if self.config.eval.teacher and record.teacher is None:
+                after = self.evaluate("after") if self.heldout else None
+                if self.config.eval.teacher and self.heldout and record.teacher is None:
                     taught, usage = await self.ask_teacher(teacher)
                     record.teacher, record.usage = taught.to_json(samples=20), record.usage + usage
                 status = "finished"
@@ -145,7 +146,7 @@ class Run:
                 began = time.monotonic()
                 row, audits, usage = await self.step(record.step + 1, teacher)
                 record.add(row, usage, time.monotonic() - began)
-                if self.config.eval.every and record.step % self.config.eval.every == 0 and record.step < config.steps:
+                if self._measures_at(record.step):
                     row["eval"] = _figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
                 folder.log(row)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
@@ -158,6 +159,10 @@ class Run:
                         f"teacher: {silent} steps in a row gave no signal ({_reasons(record)}); the checkpoint of step "
                         f"{record.step} is kept in {folder.path}; see `omniopd verify` for what the teacher says"
                     )
+
+    def _measures_at(self, step: int) -> bool:
+        every = self.config.eval.every
+        return bool(every and self.heldout) and step % every == 0 and step < self.config.train.steps
 
     def _stop(self, folder: RunFolder, record: Record, teacher: Teacher, status: str) -> None:
         """Keep what there is: weights are as after the last whole step, whatever happened since."""

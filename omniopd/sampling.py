@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from omniopd.errors import OmniError
 from omniopd.types import Finish
 
 
@@ -53,6 +55,9 @@ def sample(
     Args:
         end_ids: ids that end a response.
         batch_tokens: bound on rows times width of one batch, hence on memory.
+
+    Raises:
+        OmniError: the model does not keep its past in the library's cache.
     """
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
     drawn: dict[int, list[Draw]] = {}
@@ -94,13 +99,15 @@ def _sample_batch(model: PreTrainedModel, requests: list[Request], end_ids: Coll
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
-        past_key_values=DynamicCache(config=model.config),
+        past_key_values=_roomy_cache(model),
     )
     repeats = torch.tensor([r.draws for r in requests], device=device)
     row_of = torch.arange(len(requests), device=device).repeat_interleave(repeats)
-    cache = out.past_key_values
+    cache = getattr(out, "past_key_values", None)
+    if cache is None:
+        raise OmniError(f"{type(model).__name__} keeps no standard cache to sample with; choose a model with attention layers")
     if len(row_of) > len(requests):
-        cache.batch_select_indices(row_of)
+        cache.reorder_cache(row_of)
     state = _Rows(requests, row_of.tolist(), frozenset(end_ids), device)
     logits, mask, position = out.logits[:, -1].float()[row_of], mask[row_of], positions[row_of, -1]
     while True:
@@ -109,7 +116,7 @@ def _sample_batch(model: PreTrainedModel, requests: list[Request], end_ids: Coll
         if kept is not None:  # some rows ended: carry on with the others
             if not len(kept):
                 return state.draws(len(requests))
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             tokens, mask, position = tokens[kept], mask[kept], position[kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position + 1
@@ -121,6 +128,48 @@ def _sample_batch(model: PreTrainedModel, requests: list[Request], end_ids: Coll
             past_key_values=cache,
         )
         logits = out.logits[:, -1].float()
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room ahead: a new token is written behind the old ones instead of copying them all."""
+
+    AHEAD = 64
+    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        length = before + key_states.shape[-2]
+        if self._rooms is None or self._rooms[0].shape[-2] < length:
+            self._rooms = (_room(key_states, length + self.AHEAD), _room(value_states, length + self.AHEAD))
+            if before:
+                self._rooms[0][..., :before, :] = self.keys
+                self._rooms[1][..., :before, :] = self.values
+        self._rooms[0][..., before:length, :] = key_states
+        self._rooms[1][..., before:length, :] = value_states
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rooms = None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+
+def _room(like: torch.Tensor, length: int) -> torch.Tensor:
+    return like.new_empty(*like.shape[:-2], length, like.shape[-1])
+
+
+def _roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own kind of cache, its plain attention layers with room ahead."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 class _Rows:

@@ -6,9 +6,8 @@ integrity, and what it loses is only asked again. That spares an fsync per HTTP 
 processes of one machine may share a file; SQLite's log does not work across machines on a network file system.
 
 What is kept: valid answers, and replies that a rule rejected (with the reason, never used as an answer), since asking
-again would be paid again. Refusals, filtered replies and errors are not answers and are not stored as draws: a later
-run asks again. That they happened is noted in a table of its own (`holes`, a key and a reason, no text), which only a
-replay reads, so that it meets the same holes as the run it repeats.
+again would be paid again. Refusals, filtered replies and errors are not stored: a later run asks again. Only that they
+happened is noted (`holes`: a key and a reason, no text), for a replay to meet the holes of the run it repeats.
 """
 
 from __future__ import annotations
@@ -22,10 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniopd.errors import StoreError
-from omniopd.types import Finish
+
+if TYPE_CHECKING:  # the shared types import torch, which a process that only looks into a store can do without
+    from omniopd.types import Finish
 
 VERSION = 1
 APPLICATION_ID = 0x4F4D4E49  # "OMNI": tells our file from another program's SQLite file
@@ -84,9 +85,8 @@ class Store:
             raise StoreError(f"{self.path}: no such file; name the store that the recorded run wrote")
         with self._guard():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                self._uri(create), uri=True, timeout=busy_s, isolation_level=None, check_same_thread=False
-            )
+            uri = self._uri(create)
+            self._db = sqlite3.connect(uri, busy_s, isolation_level=None, check_same_thread=False, uri=True)
         try:
             with self._guard():
                 self._prepare()

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from omniopd.errors import RunError
 from students.policy import Policy
@@ -25,8 +27,13 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, trainer: Trainer, p
         return target
     partial = folder / f".partial-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, policy)
-    torch.save({"trainer": trainer.state_dict(), "progress": json.dumps(progress)}, partial / _STATE)
+    try:
+        save_model(partial, policy)
+        torch.save({"trainer": trainer.state_dict(), "progress": json.dumps(progress)}, partial / _STATE)
+    except (SafetensorError, RuntimeError) as error:  # how the two libraries report a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (str(error).splitlines() or ["unknown reason"])[0]
+        raise RunError(f"{target}: can't be written: {reason}; mend that, then continue with --resume") from None
     for file in partial.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -55,27 +62,27 @@ def load_checkpoint(path: Path, policy: Policy, trainer: Trainer) -> dict[str, A
         RunError: the checkpoint can't be read or belongs to another model.
     """
     try:
-        weights: dict[str, torch.Tensor] = {}
-        for part in sorted(path.glob("*.safetensors")):  # large models are saved in several
-            weights.update(load_file(part))
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        _set_weights(policy, weights)
+        progress = dict(json.loads(state["progress"]))
+        _set_weights(policy, path)
         trainer.load_state_dict(state["trainer"])
-        return dict(json.loads(state["progress"]))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        return progress
+    except Exception as error:  # each library raises types of its own for a damaged file
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise RunError(f"{path}: this checkpoint can't be resumed from: {reason}") from None
 
 
-def _set_weights(policy: Policy, weights: dict[str, torch.Tensor]) -> None:
+def _set_weights(policy: Policy, path: Path) -> None:
+    """Read as the library reads a model, since it may write one with other names and shapes than it computes with."""
     if policy.settings.lora:
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+        weights = load_file(path / "adapter_model.safetensors")
+        if set(weights) != set(get_peft_model_state_dict(policy.model)):
+            raise ValueError("its adapter has other layers than this student's")
         set_peft_model_state_dict(policy.model, weights)
         return
-    missing, unexpected = policy.model.load_state_dict(weights, strict=False)
-    tied = {name for name, _ in policy.model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in policy.model.named_parameters()
-    }
-    if unexpected or set(missing) - tied:
-        raise ValueError(f"weights do not match: {sorted({*missing, *unexpected} - tied)[:3]}")
+    saved, info = AutoModelForCausalLM.from_pretrained(path, dtype=policy.model.dtype, output_loading_info=True)
+    if strange := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise ValueError(f"weights do not match: {sorted(map(str, strange))[:3]}")
+    policy.model.load_state_dict(saved.state_dict())

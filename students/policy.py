@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from omniopd.errors import DataError, StudentError
 from omniopd.settings import Settings
@@ -52,6 +63,9 @@ class Policy:
         self.tokenizer = _load_tokenizer(settings.path)
         model = _load_model(settings)
         self.end_ids = _end_ids(model, self.tokenizer)
+        own = self.tokenizer.eos_token_id  # an instruct model's turn ends with this one, not with the end of documents
+        self.end_id: int = min(self.end_ids) if own is None else own
+        self._control = _control_pattern(self.tokenizer)
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._reference: PreTrainedModel | None = None
         if settings.lora:
@@ -79,6 +93,18 @@ class Policy:
             with self.model.disable_adapter():
                 yield self.causal_lm
 
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Gradient checkpointing on, where it is asked for; everything else stays as in sampling, without dropout."""
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = self.settings.gradient_checkpointing
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def to(self, device: torch.device) -> None:
         self.model.to(device)
         if self._reference is not None:
@@ -87,12 +113,26 @@ class Policy:
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt by the model's own chat template, ready for the answer.
 
+        Only the template writes control tokens: where a message holds the text of one, it stays text.
+
         Raises:
-            DataError: prompt and response do not fit the model's context.
+            DataError: prompt and response do not fit the model's context, or the template refuses the messages.
         """
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        hidden: list[str] = []
+
+        def hide(control: re.Match[str]) -> str:
+            hidden.append(control[0])
+            return f"\ue000{len(hidden) - 1}\ue001"
+
+        messages = [{"role": m.role, "content": self._control.sub(hide, m.content)} for m in prompt.messages]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise DataError(f"prompt {prompt.id}: the student's chat template refuses it: {_first_line(error)}") from None
+        parts = re.split("\ue000(\\d+)\ue001", str(text))
+        ids = tuple(self.tokenizer(parts[0], add_special_tokens=False).input_ids)
+        for place, after in zip(parts[1::2], parts[2::2], strict=True):
+            ids += (*self.encode(hidden[int(place)])[0], *self.tokenizer(after, add_special_tokens=False).input_ids)
         room = self.context - self.settings.max_new_tokens
         if len(ids) > room:
             raise DataError(
@@ -105,8 +145,10 @@ class Policy:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of plain text, and each token's span of characters."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        """Token ids of plain text, and each token's span of characters. No text becomes a control token."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+        )
         return encoded["input_ids"], encoded["offset_mapping"]
 
 
@@ -163,25 +205,43 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(ids)
 
 
+def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """The texts of control tokens (and of what stands for one in `prompt_ids`)."""
+    controls = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(controls, key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, longest_first), "\ue000\\d+\ue001"]))
+
+
 @torch.no_grad()
 def _hidden_times_head_is_logits(model: PreTrainedModel) -> bool:
-    """Whether the head alone makes the logits; some families scale or cap them afterwards."""
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    """Whether the head alone makes the logits; some families scale or cap them afterwards.
+
+    A cap hardly touches small logits, so the head's output is made large for the comparison.
+    """
+    body, head = split_model(model)
+    ids = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
+    louder = head.register_forward_hook(lambda module, inputs, output: output * 1000)
     try:
-        body, head = split_model(model)
         hidden = body(input_ids=ids).last_hidden_state
         return torch.allclose(head(hidden).float(), model(input_ids=ids).logits.float(), atol=1e-5, rtol=1e-4)
     except (TypeError, AttributeError):
         return False
+    finally:
+        louder.remove()
 
 
 @torch.no_grad()
 def _tree_mask_is_exact(model: PreTrainedModel) -> bool:
-    """Whether a branch packed behind its sibling sees just its own ancestors: not so with recurrent or windowed layers."""
-    body, _ = split_model(model)
+    """Whether a branch packed behind its sibling sees just its own ancestors: not so with recurrent or windowed layers.
+
+    A window may be longer than any text worth trying, so that the kinds of layers are asked for first.
+    """
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        return False
+    body, head = split_model(model)
     trunk, branch = [1, 2, 3, 4], [5, 6]
-    packed = torch.tensor([[*trunk, *branch]], device=model.device) % model.config.vocab_size
-    alone = torch.tensor([[*trunk[:2], *branch]], device=model.device) % model.config.vocab_size
+    packed = torch.tensor([[*trunk, *branch]], device=model.device) % head.weight.shape[0]
+    alone = torch.tensor([[*trunk[:2], *branch]], device=model.device) % head.weight.shape[0]
     seen = torch.ones(6, 6, dtype=torch.bool).tril()
     seen[4:, 2:4] = False  # the branch leaves the trunk after its second token
     bias = torch.zeros(1, 1, 6, 6, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min).to(model.device)

@@ -35,7 +35,7 @@ class Sampler:
     def given(self, prompt: Prompt, text: str) -> Rollout:
         """A text that somebody else wrote, as if the student had: its own log-probs and entropies at every token."""
         ids, _ = self.policy.encode(text)
-        ids = [*ids, min(self.policy.end_ids)]
+        ids = [*ids, self.policy.end_id]
         prompt_ids = self.policy.prompt_ids(prompt)
         with torch.no_grad():
             whole = torch.tensor([[*prompt_ids, *ids]], device=self.policy.model.device)

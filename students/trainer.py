@@ -51,13 +51,15 @@ def coefficients(rollouts: Sequence[Rollout], signal: Signal, objective: Objecti
     """Values, weights and anchor of a step as flat coefficients, scaled by counts over the whole step."""
     value = _flat(signal.values_BT)
     audited = _flat(signal.mask_BT).bool()
-    if len(value) != sum(len(r) for r in rollouts):
-        raise ValueError(f"signal has {len(value)} tokens, rollouts have {sum(len(r) for r in rollouts)}")
+    lengths = [len(r) for r in rollouts]
+    if [len(v) for v in signal.values_BT] != lengths or [len(m) for m in signal.mask_BT] != lengths:
+        raise ValueError(f"signal has {len(value)} tokens, rollouts have {sum(lengths)}, or they are spread otherwise")
     held = torch.ones_like(audited) if objective.anchor.where == "all" else ~audited
     weights = [torch.full((len(b.ids) - b.context,), b.weight) for b in signal.branches]
     branch = torch.cat(weights) if weights else torch.zeros(0)
+    all_tokens = len(value) + round(float(branch.sum()))  # a merged reply counts as often as it was drawn
     value_scale, anchor_scale = reduction_scales(
-        objective.reduction, int(audited.sum()), int(held.sum()), len(rollouts)
+        objective.reduction, int(audited.sum()), int(held.sum()), len(rollouts), all_tokens
     )
     if objective.reduction == "term_mean":
         branch_scale = 1 / float(branch.sum()) if len(branch) else 0.0
@@ -94,6 +96,7 @@ class Learner(nn.Module):
             with torch.no_grad(), self.policy.reference() as frozen:
                 reference, reference_head = self._hidden(frozen, inputs)
                 reference = _gather(reference, at)
+                reference_head = getattr(reference_head, "base_layer", reference_head)  # adapters may sit on the head too
         size = self.policy.settings.slice_tokens
         logp, kl = chunked_logp_and_kl(_gather(hidden, at), head, targets.to(model.device), reference, reference_head, size)
         at = [(b, i) for b, row in enumerate(rows) for i, _, _ in row.branch_sites]
@@ -158,7 +161,8 @@ class Trainer:
         anchored = self.objective.anchor.beta > 0
         value = branch = anchor = kl_sum = 0.0
         for batch in micro_batches(rows, self.policy.settings.micro_batch_tokens):
-            logp, kl, branch_logp = self.learner(batch, anchored)
+            with self.policy.learning():
+                logp, kl, branch_logp = self.learner(batch, anchored)
             own = [n for row in batch for _, _, n in row.own_sites]
             teachers = [n for row in batch for _, _, n in row.branch_sites]
             terms = [

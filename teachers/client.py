@@ -106,6 +106,8 @@ class ApiTeacher:
             raise _first(failures) from None
         if step.silent:
             raise self._silence(step)
+        if step.dropped:
+            log.warning("%d of %d calls to the teacher were given up (last: %s)", step.dropped, step.calls, step.last)
         if checked != Usage():
             results[0] = replace(results[0], usage=results[0].usage + checked)
         return [results[index] for index in range(len(queries))]
@@ -167,7 +169,6 @@ class ApiTeacher:
             return
         step.dropped += 1
         step.last = outcome.detail
-        log.warning("a call to the teacher was dropped after %d tries: %s", outcome.attempts, outcome.detail)
         if step.silent and step.dropped >= SILENT_CALLS:
             raise self._silence(step)
 

@@ -180,7 +180,9 @@ def test_o12_split_into_micro_batches(mode, parts: int) -> None:
     assert torch.allclose(theta.grad, expected, atol=1e-12)
 
 
-def dense(hidden: Tensor, head: nn.Module, targets: Tensor, ref_hidden: Tensor, ref_head: nn.Module) -> tuple[Tensor, Tensor]:
+def dense(
+    hidden: Tensor, head: nn.Module, targets: Tensor, ref_hidden: Tensor, ref_head: nn.Module
+) -> tuple[Tensor, Tensor]:
     """The slow twin: all logits at once, the formulas written out."""
     logp = torch.log(torch.softmax(head(hidden), -1))
     ref = torch.softmax(ref_head(ref_hidden), -1).detach()

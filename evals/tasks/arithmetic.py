@@ -126,8 +126,8 @@ class Arithmetic:
         """Sizes of the two splits, and the seed from which both are drawn, each in a stream of its own."""
 
         type: Literal["arithmetic"] = "arithmetic"
-        train_size: int = Field(4000, gt=0)
-        heldout_size: int = Field(500, gt=0)
+        train_size: int = Field(default=4000, gt=0)
+        heldout_size: int = Field(default=500, gt=0)
         seed: int = 0
 
     def __init__(self, config: Config) -> None:

@@ -28,12 +28,16 @@ class Gsm8k:
 
         type: Literal["gsm8k"] = "gsm8k"
         path: str = Field(
-            "openai/gsm8k",
+            default="openai/gsm8k",
             description="hub id, or a folder with train.jsonl and test.jsonl, or one file (a tenth is held out)",
         )
-        train_size: int | None = Field(None, gt=0, description="the first so many training problems; null for all")
-        heldout_size: int | None = Field(None, gt=0, description="the first so many held-out problems; null for all")
-        system: str | None = Field(None, description="a system message to open every prompt with")
+        train_size: int | None = Field(
+            default=None, gt=0, description="the first so many training problems; null for all"
+        )
+        heldout_size: int | None = Field(
+            default=None, gt=0, description="the first so many held-out problems; null for all"
+        )
+        system: str | None = Field(default=None, description="a system message to open every prompt with")
 
     def __init__(self, config: Config) -> None:
         train, heldout = _load(config)

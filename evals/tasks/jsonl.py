@@ -28,26 +28,33 @@ class Jsonl:
 
         type: Literal["jsonl"] = "jsonl"
         path: str = Field(description="a local .jsonl or .parquet file, or a hub id")
-        subset: str | None = Field(None, description="for a hub id: the name of its configuration")
-        split: str = Field("train", description="for a hub id: the split to train on")
-        prompt: str = Field("prompt", description="the column that holds the question as text")
+        subset: str | None = Field(default=None, description="for a hub id: the name of its configuration")
+        split: str = Field(default="train", description="for a hub id: the split to train on")
+        prompt: str = Field(default="prompt", description="the column that holds the question as text")
         messages: str | None = Field(
-            None,
+            default=None,
             description="the column that holds a chat instead: [{role, content}, ...]; a closing answer is cut off",
         )
-        answer: str | None = Field("answer", description="the column of reference answers; null if there are none")
-        id: str | None = Field(None, description="a column of unique ids; null to derive them from the prompts")
-        system: str | None = Field(None, description="a system message for every prompt that has none")
-        train_size: int | None = Field(None, gt=0, description="the first so many training prompts; null for all")
-        heldout_path: str | None = Field(None, description="a file or hub id of held-out prompts")
-        heldout_split: str = Field("test", description="for a hub id in heldout_path: its split")
+        answer: str | None = Field(
+            default="answer", description="the column of reference answers; null if there are none"
+        )
+        id: str | None = Field(default=None, description="a column of unique ids; null to derive them from the prompts")
+        system: str | None = Field(default=None, description="a system message for every prompt that has none")
+        train_size: int | None = Field(
+            default=None, gt=0, description="the first so many training prompts; null for all"
+        )
+        heldout_path: str | None = Field(default=None, description="a file or hub id of held-out prompts")
+        heldout_split: str = Field(default="test", description="for a hub id in heldout_path: its split")
         heldout_size: int | None = Field(
-            None, gt=0, description="how many prompts to hold out of `path` (by hash), or to take of heldout_path"
+            default=None,
+            gt=0,
+            description="how many prompts to hold out of `path` (by hash), or to take of heldout_path",
         )
 
         @model_validator(mode="after")
         def _one_home_of_prompts(self) -> Jsonl.Config:
-            if self.messages is not None and "prompt" in self.model_fields_set:
+            # by value: a resolved config, read again, has every field set
+            if self.messages is not None and self.prompt != type(self).model_fields["prompt"].default:
                 raise ValueError("set `prompt` (a text column) or `messages` (a chat column), not both")
             return self
 

@@ -27,10 +27,13 @@ from omniopd.registry import METHODS, SCORES, SIGNALS
 from omniopd.sampling import named_seed
 from omniopd.settings import tagged
 from omniopd.types import Branch, Chunk, Continuations, ContinueQuery, Evidence, Query, Rollout, Signal
-from omniopd.verification.agreement import agreed
+from omniopd.verification.agreement import agreed, spoken
 from omniopd.verification.audit import Audit, ChunkSignal, chance_floor, constant_values, judge_all, shuffled
 from omniopd.verification.chunks import cut_chunk, random_starts, select_starts
 from omniopd.verification.weights import calibrated, n_min
+
+
+SILENT = "silent"  # why a chunk is dropped whose replies are valid, but were cut before they said a whole token
 
 
 class OmniOPDConfig(Objective):
@@ -120,6 +123,7 @@ class OmniOPD(Method):
         if self.config.placebo == "shuffle":
             audits = shuffled(audits, named_seed(self.seed, "shuffle", step))
         read = [signal.read(audits) for signal in self.signals]
+        drops[SILENT] += sum(not _heard(read, i) for i in range(len(audits)))
         if self.config.placebo == "constant":
             read = [constant_values(signals, chunks) for signals in read]
         values, mask = self._place(rollouts, audits, read)
@@ -129,10 +133,10 @@ class OmniOPD(Method):
             mask_BT=mask,
             branches=tuple(branches),
             branch_scale=self._branch_scale(read),
-            drops=drops,
+            drops=+drops,
             rejects=rejects,
             stats=_stats(audits, floor, branches, answered),
-            audits=tuple(_records(rollouts, answered, audits, read)),
+            audits=tuple(_records(rollouts, answered, audits, read, values)),
         )
 
     def _place(
@@ -154,13 +158,12 @@ class OmniOPD(Method):
         self, rollouts: Sequence[Rollout], audits: Sequence[Audit], read: Sequence[Sequence[ChunkSignal]]
     ) -> list[Branch]:
         branches = []
-        end_id = min(self.text.end_ids)
         for signals in read:
             for audit, signal in zip(audits, signals, strict=True):
                 row = audit.chunk.row
                 for reply, weight in signal.targets:
                     prefix = audit.chunk.prefix
-                    branch = continuation_branch(rollouts[row], row, prefix, reply, weight, self.text, end_id)
+                    branch = continuation_branch(rollouts[row], row, prefix, reply, weight, self.text)
                     if branch is not None:
                         branches.append(branch)
         return branches
@@ -186,6 +189,11 @@ class OmniOPDPaper(OmniOPD):
     """OmniOPD as published, as far as third-party readings tell."""
 
     Config: ClassVar[type[Objective]] = PaperConfig
+
+
+def _heard(read: Sequence[Sequence[ChunkSignal]], index: int) -> bool:
+    """Whether any signal made something of a chunk's replies."""
+    return any(any(signals[index].mask) for signals in read)
 
 
 def _mean(numbers: Sequence[float]) -> float | None:
@@ -215,13 +223,14 @@ def _records(
     answered: Sequence[Continuations],
     audits: Sequence[Audit],
     read: Sequence[Sequence[ChunkSignal]],
+    values: Sequence[torch.Tensor],
 ) -> list[dict[str, Any]]:
     """One JSON record per rollout: its text and what happened to each of its chunks, for the report."""
     judged: Mapping[Chunk, int] = {audit.chunk: i for i, audit in enumerate(audits)}
     records = []
     for row, rollout in enumerate(rollouts):
         chunks = [
-            _chunk_record(rollout, found, audits, read, judged.get(found.query.chunk))
+            _chunk_record(rollout, found, audits, read, values[row], judged.get(found.query.chunk))
             for found in answered
             if found.query.chunk.row == row
         ]
@@ -243,6 +252,7 @@ def _chunk_record(
     found: Continuations,
     audits: Sequence[Audit],
     read: Sequence[Sequence[ChunkSignal]],
+    values: torch.Tensor,
     index: int | None,
 ) -> dict[str, Any]:
     chunk = found.query.chunk
@@ -264,11 +274,14 @@ def _chunk_record(
     if index is None:
         return record
     verdict = audits[index].verdict
-    signals = [signals[index] for signals in read]
+    record["dropped"] = None if _heard(read, index) else SILENT
     record["k"] = sum(verdict.scores)
     record["score"] = _mean(verdict.scores)
-    record["values"] = [round(sum(s.values[j] for s in signals if s.mask[j]), 6) for j in range(len(chunk.ends))]
+    record["values"] = [round(value, 6) for value in values[chunk.start : chunk.end].tolist()]
     record["weight"] = _mean([v for v in record["values"] if v])
-    for reply, said, score in zip(record["replies"], found.replies, verdict.scores, strict=False):
-        reply["score"], reply["agreed"] = round(score, 6), agreed(chunk, said)
+    scores = iter(verdict.scores)  # one for each reply that could speak about a token
+    for reply, said in zip(record["replies"], found.replies, strict=True):
+        score = next(scores, None) if spoken(chunk, said) else None
+        if score is not None:
+            reply["score"], reply["agreed"] = round(score, 6), agreed(chunk, said)
     return record

@@ -56,7 +56,6 @@ class SeqKD(Method):
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Whole answers become branches at 0; one that the token limit cut is dropped, not learned half."""
         drops, rejects, branches = Counter[str](), Counter[str](), []
-        end_id = min(self.text.end_ids)
         for found in evidence:
             if not isinstance(found, Answers):
                 continue
@@ -66,7 +65,7 @@ class SeqKD(Method):
                     drops["cut"] += 1
                     continue
                 row = found.query.row
-                branch = continuation_branch(rollouts[row], row, "", reply, 1.0, self.text, end_id)
+                branch = continuation_branch(rollouts[row], row, "", reply, 1.0, self.text)
                 if branch is not None:
                     branches.append(branch)
             if not found.replies:

@@ -74,7 +74,7 @@ def draw(chart: Chart) -> str:
     x, y = _x_scale(chart), _y_scale(chart)
     marks = _bars(chart, x, y) if chart.kind == "bars" else _lines(chart, x, y)
     body = [*_axes(chart, x, y), *marks, *_level(chart, y), *_hits(chart, x)]
-    note = chart.note + (f" Each mark stands for {size} steps." if size > 1 else "")
+    note = chart.note + (_thinned(chart, size) if size > 1 else "")
     return (
         f'<figure class="chart"><figcaption><h4>{escape(chart.title)}</h4><p>{escape(note)}</p></figcaption>'
         f"{_legend(chart)}"
@@ -117,6 +117,10 @@ def _thin(chart: Chart) -> tuple[Chart, int]:
 def _merge(values: Values, size: int, total: bool = False) -> list[float | None]:
     groups = ([v for v in values[start : start + size] if v is not None] for start in range(0, len(values), size))
     return [(group[-1] if total else sum(group) / len(group)) if group else None for group in groups]
+
+
+def _thinned(chart: Chart, size: int) -> str:
+    return f" One point in {size} is drawn." if chart.total else f" Each mark is the mean of {size}."
 
 
 def _x_scale(chart: Chart) -> Scale:
@@ -243,7 +247,8 @@ def _bars(chart: Chart, x: Scale, y: Scale) -> Iterator[str]:
             value = line.values[column]
             if not value or value < 0:
                 continue
-            top, height = y(base + value), y(base) - y(base + value)
+            # The hair between stacked bars tells them apart without colour.
+            top, height = y(base + value), max(y(base) - y(base + value) - 0.7, 0.3)
             base += value
             yield (
                 f'<rect class="bar c{index % COLOURS}" x="{x(at) - width / 2:.1f}" y="{top:.1f}"'

@@ -14,11 +14,13 @@ from omniopd.report.formats import number
 Rows = Sequence[Mapping[str, Any]]
 
 
-def figures(metrics: Rows, teacher_accuracy: float | None) -> dict[str, list[Chart]]:
-    """The charts by section; those without a single number are left out."""
+def figures(
+    metrics: Rows, evals: Sequence[tuple[int, Mapping[str, Any]]], teacher_accuracy: float | None
+) -> dict[str, list[Chart]]:
+    """The charts by section; those without a single number are left out. `evals` are the student's, by step."""
     steps = [row for row in metrics if set(row) - {"step", "eval"}]
     sections = {
-        "Learning": [_accuracy(metrics, teacher_accuracy), *_learning(steps)],
+        "Learning": [_accuracy(evals, teacher_accuracy), *_learning(steps)],
         "Signal": _signal(steps),
         "The student’s text": _text(steps),
         "Spend": _spend(steps),
@@ -41,8 +43,7 @@ def reasons(value: Any) -> Counter[str]:
     return Counter({reason: int(found) for reason, found in counts.items() if found and found >= 1})
 
 
-def _accuracy(metrics: Rows, teacher: float | None) -> Chart:
-    found = [(row["step"], mapping(row["eval"])) for row in metrics if mapping(row.get("eval"))]
+def _accuracy(found: Sequence[tuple[int, Mapping[str, Any]]], teacher: float | None) -> Chart:
     low, high = zip(*(_interval(entry) for _, entry in found), strict=True) if found else ((), ())
     line = Line("student", [_hundred(entry.get("accuracy")) for _, entry in found], low, high)
     return Chart(

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +19,7 @@ from omniopd.report.figures import figures, reasons, totals
 from omniopd.report.folder import RunFolder, mapping, read_run
 from omniopd.report.formats import MISSING, compact, count, duration, money, number, percent
 from omniopd.report.records import island, rollout_record, score_range
-from omniopd.report.verdict import evaluations, sentence
+from omniopd.report.verdict import course, evaluations, sentence
 
 
 def write_report(run_dir: Path) -> Path:
@@ -42,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunFolder) -> str:
     """The page as text. The same folder always gives the same page."""
     style, script = _resource("style.css"), _resource("viewer.js")
-    evals = evaluations(run.summary, run.metrics)
+    evals, way = evaluations(run.summary), course(run.summary, run.metrics)
     return Template(_resource("page.html")).substitute(
         csp=_policy(style, script),
         style=style,
@@ -50,9 +50,9 @@ def render(run: RunFolder) -> str:
         name=escape(run.name),
         about=_about(run.summary),
         status=_status(run),
-        verdict=escape(sentence(evals)),
+        verdict=escape(sentence(evals, way)),
         numbers=_numbers(run, evals),
-        charts=_charts(run, number(evals["teacher"].get("accuracy"))),
+        charts=_charts(run, way, number(evals["teacher"].get("accuracy"))),
         reasons=_reasons(run),
         audit_note=escape(_audit_note(run)),
         data=_data(run),
@@ -151,8 +151,8 @@ def _tokens(used: Mapping[str, float | None]) -> str:
     return compact(sum(parts)) if parts else MISSING
 
 
-def _charts(run: RunFolder, teacher: float | None) -> str:
-    sections = figures(run.metrics, teacher)
+def _charts(run: RunFolder, way: Sequence[tuple[int, Mapping[str, Any]]], teacher: float | None) -> str:
+    sections = figures(run.metrics, way, teacher)
     if not sections:
         return '<p class="none">There are no steps to draw yet.</p>'
     return "".join(

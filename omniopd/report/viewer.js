@@ -82,14 +82,10 @@
       make("div", { children: [make("dt", { text: name }), make("dd", { text: value })] })) });
   }
 
-  /** How many code points of a reply agree with the chunk, from its start: as recorded, else compared here. */
-  function agreed(reply, chunk) {
-    const said = points(reply.text);
-    if (reply.agreed !== null) return Math.max(0, Math.min(said.length, Math.floor(reply.agreed)));
-    const own = points(chunk.text);
-    let same = 0;
-    while (same < said.length && same < own.length && said[same] === own[same]) same += 1;
-    return same;
+  /** How many code points of a reply agree with the chunk, from its start: those of the tokens agreed with. */
+  function agreedLength(reply, chunk) {
+    if (reply.agreed === null) return 0;
+    return points(chunk.tokens.slice(0, reply.agreed).join("")).length;
   }
 
   /** Equal replies once, with their number. */
@@ -106,11 +102,14 @@
 
   function replyItem({ reply, times }, chunk) {
     const said = points(reply.text);
-    const cut = agreed(reply, chunk);
+    const cut = agreedLength(reply, chunk);
+    const end = Math.max(cut, points(chunk.text).length); // what follows was not compared
     const text = make("div", { className: "text", children: [
-      make("mark", { text: join(said, 0, cut), title: "agrees with the student" }), join(said, cut),
+      make("mark", { text: join(said, 0, cut), title: "agrees with the student" }), join(said, cut, end),
+      make("span", { className: "before", text: join(said, end), title: "past the chunk’s end: not compared" }),
     ] });
-    const notes = [times > 1 ? `${times} times` : "", reply.finish === "length" ? "cut by the token limit" : "",
+    const share = reply.agreed === null ? "" : `agrees with ${reply.agreed} of ${chunk.tokens.length} tokens`;
+    const notes = [share, times > 1 ? `${times} times` : "", reply.finish === "length" ? "cut by the token limit" : "",
       reply.text === "" ? "stopped at once" : ""].filter(Boolean);
     const side = make("div", { children: [text, make("small", { text: notes.join(", ") })] });
     if (!cut) text.firstChild.remove();
@@ -122,7 +121,7 @@
     const size = Math.max(chunk.tokens.length, chunk.values.length);
     const items = [...Array(size).keys()].map((index) =>
       make("li", { children: [
-        make("code", { text: visible(chunk.tokens[index] ?? "?") }),
+        make("code", { text: visible(chunk.tokens[index] ?? "") || "∅" }),
         make("span", { text: show(chunk.values[index] ?? null, 3) }),
       ] }));
     return make("ol", { className: "tokens", children: items });
@@ -150,6 +149,9 @@
     if (rejected.length) parts.push(make("p", { className: "hint", text: `Rejected: ${rejected.join(", ")}` }));
     if (chunk.tokens.length || chunk.values.length) {
       parts.push(make("h4", { text: "Value on each token" }), tokenList(chunk));
+      if (chunk.values.length && chunk.values.every((value) => value === 0)) {
+        parts.push(make("p", { className: "hint", text: "All zero: the update did not weigh the student’s own tokens here." }));
+      }
     }
     panel.replaceChildren(...parts);
     panel.scrollTop = 0;

@@ -76,13 +76,13 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "seconds_evidence": 1.9 + draw.random() * 0.9,
         "seconds_update": 0.6 + draw.random() * 0.1,
     }
-    if step % 10 == 0:
+    if step % 10 == 0 and step < steps:
         row["eval"] = _eval(round(0.503 + 0.27 * (1 - math.exp(-3 * done)), 3))
     return row
 
 
 def _summary(rows: list[dict[str, Any]], steps: int, hostile: bool) -> dict[str, Any]:
-    evals = [row["eval"] for row in rows if "eval" in row]
+    before, after = _eval(0.503), _eval(0.76)
 
     def total(key: str) -> float:
         return float(sum(row.get(key, 0) for row in rows))
@@ -96,9 +96,9 @@ def _summary(rows: list[dict[str, Any]], steps: int, hostile: bool) -> dict[str,
         "wall_seconds": 3.6 * steps,
         "status": "finished",
         "eval": {
-            "before": evals[0],
-            "after": evals[-1],
-            "difference": {"mean": evals[-1]["accuracy"] - 0.503, "low": 0.191, "high": 0.316},
+            "before": before,
+            "after": after,
+            "difference": {"mean": 0.257, "low": 0.191, "high": 0.316},
             "teacher": _eval(0.927),
         },
         "teacher": {
@@ -138,18 +138,19 @@ def _rollout(index: int, steps: int, hostile: bool, draw: random.Random) -> dict
 
 
 def _chunk(text: str, span: str, number: int, hostile: bool, draw: random.Random) -> dict[str, Any]:
-    start = text.index(span)
+    start = len(text[: text.index(span)].rstrip())
+    span = text[start : text.index(span) + len(span)]
     tokens = [span[at : at + 2] for at in range(0, len(span), 2)]
     dropped = "too_few_replies" if draw.random() < 0.15 else None
-    replies = [] if dropped else [_reply(span, hostile, draw) for _ in range(6)]
+    replies = [] if dropped else [_reply(tokens, hostile, draw) for _ in range(6)]
     matches = sum(reply["score"] for reply in replies)
     return {
         "start": 4 + 9 * number,
         "end": 4 + 9 * number + len(tokens),
         "char_start": start,
         "char_end": start + len(span),
-        "prefix_end": len(text[:start].rstrip()),
-        "text": text[len(text[:start].rstrip()) : start + len(span)],
+        "prefix_end": start,
+        "text": span,
         "entropy": 0.4 + 2 * draw.random(),
         "k": matches,
         "n_eff": len(replies),
@@ -163,8 +164,8 @@ def _chunk(text: str, span: str, number: int, hostile: bool, draw: random.Random
     }
 
 
-def _reply(span: str, hostile: bool, draw: random.Random) -> dict[str, Any]:
-    same = draw.choice([len(span), len(span), len(span) // 2, 0])
-    rest = "" if same == len(span) else draw.choice(["so we add the two numbers", "18, and that is it", "= ?"])
-    text = span[:same] + rest + (HOSTILE if hostile else "")
-    return {"text": text, "finish": draw.choice(["stop", "length"]), "score": same / len(span), "agreed": same}
+def _reply(tokens: list[str], hostile: bool, draw: random.Random) -> dict[str, Any]:
+    same = draw.choice([len(tokens), len(tokens), len(tokens) // 2, 0])
+    rest = "" if same == len(tokens) else draw.choice(["so we add the two numbers", "18, and that is it", "= ?"])
+    text = "".join(tokens[:same]) + rest + (HOSTILE if hostile else "")
+    return {"text": text, "finish": draw.choice(["stop", "length"]), "score": same / len(tokens), "agreed": same}

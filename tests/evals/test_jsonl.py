@@ -147,3 +147,5 @@ def test_holding_out_everything(tmp_path: Path) -> None:
 def test_one_home_of_prompts() -> None:
     with pytest.raises(ValidationError, match="not both"):
         Jsonl.Config(path="a.jsonl", prompt="question", messages="chat")
+    config = Jsonl.Config(path="a.jsonl", messages="chat")
+    assert Jsonl.Config.model_validate(config.model_dump()) == config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_a_helper_that_dies_is_replaced() -> None:
         verifier.close()
 
 
-def test_a_helper_that_never_starts_is_an_error(tmp_path, monkeypatch) -> None:
+def test_a_helper_that_never_starts_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "worker.py"
     script.write_text("raise SystemExit(1)")
     monkeypatch.setattr(symbolic, "_WORKER", script)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_l3_censored_continuations_do_not_bias_the_estimate() -> None:
     survivors, at_risk = survival_counts(chunk, replies)
     estimates = [s / r for s, r in zip(survivors[1:], at_risk, strict=True)]
     assert estimates == pytest.approx([q] * 5, abs=0.03)
-    naive = [after / before for before, after in zip(survivors, survivors[1:], strict=False)]
+    naive = [after / before for before, after in pairwise(survivors)]
     assert min(naive) < 0.5
     (signal,) = SIGNAL.read([audit(chunk, (math.log(0.5),) * 5, replies)])
     assert signal.values == pytest.approx([math.log(q / 0.5)] * 5, abs=0.05)

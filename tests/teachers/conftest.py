@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -145,7 +146,11 @@ class Bench:
     CANARY, PREFIX = CANARY, PREFIX
     Said, Script = Said, Script
     say, choice, serving = staticmethod(say), staticmethod(choice), staticmethod(serving)
-    prompt, continue_query, answer_query = staticmethod(prompt), staticmethod(continue_query), staticmethod(answer_query)
+    prompt, continue_query, answer_query = (
+        staticmethod(prompt),
+        staticmethod(continue_query),
+        staticmethod(answer_query),
+    )
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "answers.sqlite"
@@ -154,6 +159,7 @@ class Bench:
 
     async def sleep(self, seconds: float) -> None:
         self.waits.append(seconds)
+        await asyncio.sleep(0)
 
     def teacher(self, script: Script | None = None, **settings: Any) -> OpenAITeacher:
         config = OpenAIConfig(

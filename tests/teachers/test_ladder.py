@@ -71,7 +71,7 @@ def test_l14_empty_text_is_empty_or_only_reasoning(text: str, rung: ladder.Rung)
     "text",
     [
         "I'm sorry, but I can't help with that.",
-        "I’m sorry — I cannot assist with this request.",
+        "I\u2019m sorry \u2014 I cannot assist with this request.",
         "I can't continue this text.",
         "Sorry, I am unable to provide that.",
         "As an AI language model, I do not",
@@ -85,7 +85,13 @@ def test_l13_refusals(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [" I can't help but notice that 30", " we cannot continue this way", "I continue with 30", " sorry state", "I am 30"],
+    [
+        " I can't help but notice that 30",
+        " we cannot continue this way",
+        "I continue with 30",
+        " sorry state",
+        "I am 30",
+    ],
 )
 def test_l13_plain_prose_is_no_refusal_and_no_meta(text: str) -> None:
     assert ladder.validate(text, PREFIX, "prefill") is None

@@ -38,7 +38,12 @@ def test_judge_all_scores_comparable_pairs_in_one_call() -> None:
     replies = [[Reply("12+7", "length"), Reply("19", "stop")], [Reply("3", "length"), Reply("34", "stop")]]
     first, second = judge_all(chunks, replies, score)
     assert len(calls) == 1
-    assert [(chunk.text, reply.text) for chunk, reply in calls[0]] == [("12", "12"), ("12", "19"), ("3", "3"), ("34", "34")]
+    assert [(chunk.text, reply.text) for chunk, reply in calls[0]] == [
+        ("12", "12"),
+        ("12", "19"),
+        ("3", "3"),
+        ("34", "34"),
+    ]
     assert (first.scores, first.k, first.n_eff) == ((1.0, 0.0), 1.0, 2)
     assert (first.survivors, first.at_risk) == ((2, 2, 1), (2, 2))
     assert (second.scores, second.survivors, second.at_risk) == ((1.0, 1.0), (2, 2, 1), (2, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -60,7 +60,7 @@ def brute_force(entropy: list[float], count: int, length: int) -> list[int]:
 def test_l11_selector_equals_brute_force(entropy: list[float], count: int, length: int) -> None:
     starts = select_starts(entropy, count, length)
     assert starts == brute_force(entropy, count, length)
-    assert all(later - earlier >= length for earlier, later in zip(starts, starts[1:], strict=False))
+    assert all(later - earlier >= length for earlier, later in pairwise(starts))
     assert all(start + length <= len(entropy) for start in starts)
 
 
@@ -79,7 +79,7 @@ def test_random_starts_are_seeded_valid_and_even() -> None:
     starts = random_starts(50, 4, 5, seed="step/3")
     assert len(starts) == 4
     assert starts[-1] + 5 <= 50
-    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) >= 5
+    assert min(b - a for a, b in pairwise(starts)) >= 5
     counts = Counter(random_starts(10, 1, 4, seed=s)[0] for s in range(3500))
     assert sorted(counts) == list(range(7))
     assert all(abs(count - 500) < 5 * 500**0.5 for count in counts.values())
@@ -109,9 +109,7 @@ def test_a_prefix_never_ends_inside_a_character() -> None:
     assert (chunk.prefix, chunk.text, chunk.ends) == ("a", "😀b", (0, 1, 2))
 
 
-@pytest.mark.parametrize(
-    ("finish", "start", "closes"), [("stop", 1, True), ("stop", 0, False), ("length", 1, False)]
-)
+@pytest.mark.parametrize(("finish", "start", "closes"), [("stop", 1, True), ("stop", 0, False), ("length", 1, False)])
 def test_only_the_last_token_of_a_stopped_response_closes(finish: Finish, start: int, closes: bool) -> None:
     assert cut_chunk(rollout("a", "b", "", finish=finish), 0, start, 2).closes is closes
 

@@ -45,9 +45,10 @@ def ascent(logits: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def audits_of(actions: Sequence[int], p: np.ndarray, said: Sequence[str]) -> list[Audit]:
     """One audited chunk of one token per action; every teacher reply is one of the texts `said`."""
-    chunks = [Chunk(i, 0, 1, "", ACTIONS[y], (1,)) for i, y in enumerate(actions)]
-    verdicts = judge_all(chunks, [[Reply(text, "length") for text in said]] * len(chunks), EXACT)
-    return [Audit(c, (float(np.log(p[y])),), v) for c, y, v in zip(chunks, actions, verdicts, strict=True)]
+    chunks = [Chunk(0, 0, 1, "", action, (1,)) for action in ACTIONS]
+    verdicts = judge_all(chunks, [[Reply(text, "length") for text in said]] * 4, EXACT)
+    logp = np.log(p).tolist()
+    return [Audit(chunks[y], (logp[y],), verdicts[y]) for y in actions]
 
 
 def with_scores(audits: Sequence[Audit], phi: float) -> list[Audit]:
@@ -183,8 +184,8 @@ def test_eight_6_with_a_prior_the_drift_is_the_analytic_sharpening(centred: bool
     """`alpha/(N+alpha) * grad sum p^2 / 2`, no more; centring leaves it in place."""
     actions, p = drawn(20_000)
     audits = with_scores(audits_of(actions, p, []), 0.3)
-    signal = LikelihoodWeight(LikelihoodWeight.Config(alpha=5.0, centred=centred)).read(audits)
-    sharpening = 5 / 15 * ascent(LOGITS, p)
+    signal = LikelihoodWeight(LikelihoodWeight.Config(alpha=20.0, centred=centred)).read(audits)
+    sharpening = 20 / 30 * ascent(LOGITS, p)
     assert np.abs(sharpening).max() > 0.01
     assert_mean(updates(actions, p, [s.values[0] for s in signal]), sharpening)
 
@@ -205,7 +206,7 @@ def test_eight_7_shuffled_verdicts_do_not_steer_toward_the_teacher(signal) -> No
     placebo = updates(actions, p, [s.values[0] for s in signal.read(mixed)])
     if isinstance(signal, LikelihoodWeight):
         assert_mean(placebo, np.zeros(4))
-    toward = np.array([0.7, 0.2, 0.1, 0.0]) - p
+    toward = np.array([0.7, 0.2, 0.1, 0.0]) - p  # shuffled survival still flattens the policy, by its own -log p
     assert placebo.mean(0) @ toward < 0.15 * (true.mean(0) @ toward)
 
 

@@ -46,9 +46,7 @@ def test_l4_no_valid_reply_has_no_weight() -> None:
     st.lists(st.floats(-20, 0), min_size=1, max_size=6),
     st.floats(1e-3, 20),
 )
-def test_l18_default_weights_lie_between_the_prior_and_one(
-    phi: list[float], logp: list[float], alpha: float
-) -> None:
+def test_l18_default_weights_lie_between_the_prior_and_one(phi: list[float], logp: list[float], alpha: float) -> None:
     pi_bar, n = geometric_mean(logp), len(phi)
     weight = smoothed(sum(phi), n, pi_bar, alpha)
     assert 0 < alpha * pi_bar / (n + alpha) * (1 - 1e-12) <= weight <= 1 + 1e-12
@@ -59,7 +57,8 @@ def test_n_min_is_half_rounded_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phi", "floor", "expected"), [(0.23, 0.23, 0.0), (1.0, 0.23, 1.0), (0.6, 0.2, 0.5), (0.1, 0.2, 0.0), (1.0, 1.0, 0.0)]
+    ("phi", "floor", "expected"),
+    [(0.23, 0.23, 0.0), (1.0, 0.23, 1.0), (0.6, 0.2, 0.5), (0.1, 0.2, 0.0), (1.0, 1.0, 0.0)],
 )
 def test_calibration(phi: float, floor: float, expected: float) -> None:
     assert calibrated(phi, floor) == pytest.approx(expected)
@@ -109,5 +108,5 @@ def test_survival_shrinks_to_the_student() -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         survival_advantages([1, 1], [1, 1], [-1.0], 1.0, 5.0)
