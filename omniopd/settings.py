@@ -16,7 +16,7 @@ from omniopd.registry import Registry, nearest
 class Settings(BaseModel):
     """Immutable, and closed: an unknown key is an error. A component's `Config` class is one of these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 def tagged(registry: Registry[Any]) -> Any:

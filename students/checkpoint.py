@@ -63,6 +63,8 @@ def load_checkpoint(path: Path, policy: Policy, trainer: Trainer) -> dict[str, A
     """
     try:
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or set(state) != {"trainer", "progress"}:
+            raise ValueError(f"{_STATE} holds no trainer's state")
         progress = dict(json.loads(state["progress"]))
         _set_weights(policy, path)
         trainer.load_state_dict(state["trainer"])

@@ -1,7 +1,8 @@
 """Rollouts and the teacher's branches as rows for one forward pass: a rollout with its branches is a tree in one row.
 
-A token sees its ancestors only. The prefix that a rollout and its branches share is then computed once, where separate
-rows would compute it once per branch. Models that can't take such a mask get a row per branch instead.
+A token sees its ancestors only, and whatever texts have in common from the prompt on is computed once: a branch shares the
+rollout's tokens as far as it agrees with them, and its siblings' after that. Separate rows would compute all of it once per
+branch. Models that can't take such a mask get a row per branch instead.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ class Row:
     parents: list[int] = field(default_factory=list)
     own_sites: list[tuple[int, int, int]] = field(default_factory=list)
     branch_sites: list[tuple[int, int, int]] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def append(self, token: int, parent: int) -> int:
-        self.ids.append(token)
-        self.parents.append(parent)
-        return len(self.ids) - 1
+        """The index of `token` behind `parent`, which is new only if it does not stand there yet."""
+        index = self._children.setdefault((parent, token), len(self.ids))
+        if index == len(self.ids):
+            self.ids.append(token)
+            self.parents.append(parent)
+        return index
 
     @property
     def is_line(self) -> bool:
@@ -53,9 +58,7 @@ def build_rows(rollouts: Sequence[Rollout], branches: Sequence[Branch], *, trees
         if trees:
             row = rows[branch.row]
         else:
-            row = Row()
-            for token in [*rollout.prompt_ids, *rollout.ids[: branch.at]]:
-                row.append(token, len(row.ids) - 1)
+            row = _line([*rollout.prompt_ids, *rollout.ids[: branch.at]])
             extra.append(row)
         parent = len(rollout.prompt_ids) + branch.at - 1
         for offset, token in enumerate(branch.ids):
@@ -75,11 +78,16 @@ def _starts(rollouts: Sequence[Rollout]) -> Iterator[int]:
 
 
 def _trunk(rollout: Rollout, first: int) -> Row:
-    row = Row()
-    for token in [*rollout.prompt_ids, *rollout.ids]:
-        row.append(token, len(row.ids) - 1)
+    row = _line([*rollout.prompt_ids, *rollout.ids])
     before = len(rollout.prompt_ids) - 1
     row.own_sites = [(before + t, token, first + t) for t, token in enumerate(rollout.ids)]
+    return row
+
+
+def _line(ids: Sequence[int]) -> Row:
+    row = Row()
+    for token in ids:
+        row.append(token, len(row.ids) - 1)
     return row
 
 

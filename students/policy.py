@@ -182,6 +182,8 @@ def _load_model(settings: StudentSettings) -> PreTrainedModel:
             path, dtype=getattr(torch, settings.dtype), attn_implementation=settings.attention
         ).eval()
     except Exception as error:
+        if settings.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise StudentError(f"student.attention: '{path}' can't use sdpa; set student.attention=eager") from None
         raise StudentError(f"student.path: '{path}' is no causal language model that loads: {_first_line(error)}") from None
 
 

@@ -73,7 +73,7 @@ def coefficients(rollouts: Sequence[Rollout], signal: Signal, objective: Objecti
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.float() for part in parts]) if parts else torch.zeros(0)
+    return torch.cat([part.detach().float() for part in parts]) if parts else torch.zeros(0)
 
 
 class Learner(nn.Module):
@@ -99,9 +99,11 @@ class Learner(nn.Module):
                 reference_head = getattr(reference_head, "base_layer", reference_head)  # adapters may sit on the head too
         size = self.policy.settings.slice_tokens
         logp, kl = chunked_logp_and_kl(_gather(hidden, at), head, targets.to(model.device), reference, reference_head, size)
-        at = [(b, i) for b, row in enumerate(rows) for i, _, _ in row.branch_sites]
-        targets = torch.tensor([token for row in rows for _, token, _ in row.branch_sites], dtype=torch.long)
-        branch_logp, _ = chunked_logp_and_kl(_gather(hidden, at), head, targets.to(model.device), None, None, size)
+        sites = [(b, i, token) for b, row in enumerate(rows) for i, token, _ in row.branch_sites]
+        unique = {site: n for n, site in enumerate(dict.fromkeys(sites))}  # texts that agree share their predictions
+        targets = torch.tensor([token for _, _, token in unique], dtype=torch.long).to(model.device)
+        branch_logp, _ = chunked_logp_and_kl(_gather(hidden, [(b, i) for b, i, _ in unique]), head, targets, None, None, size)
+        branch_logp = branch_logp[[unique[site] for site in sites]]
         return logp, kl, branch_logp
 
     def _hidden(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:

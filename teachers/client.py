@@ -2,7 +2,8 @@
 
 Order: the queries of one rollout follow one another by ascending chunk start, each sent when the one before is
 answered, so that nested prefixes hit the provider's prompt cache; where one call can't carry all draws of a chunk, one
-goes ahead and warms that cache, and the others follow together. Rollouts run beside each other.
+goes ahead and warms that cache, and the others follow together. Rollouts run beside each other. With `warm_cache: false`
+all queries run beside each other, in the same order.
 
 Draws: one that was rejected or dropped is not replaced, so `len(replies) + sum(rejected) == query.n` always. A call
 covers neighbouring draws only and is seeded with the first one's seed, so that a server that gives choice j the seed
@@ -88,7 +89,10 @@ class ApiTeacher:
             return []
         step, results = _Step(), dict[int, Evidence]()
         ranked = sorted(range(len(queries)), key=lambda index: order(queries[index]))
-        rows = [list(row) for _, row in groupby(ranked, key=lambda index: order(queries[index])[0])]
+        if self._config.warm_cache:
+            rows = [list(row) for _, row in groupby(ranked, key=lambda index: order(queries[index])[0])]
+        else:
+            rows = [[index] for index in ranked]
 
         async def follow(session: Session, row: Iterable[int]) -> None:
             for index in row:
@@ -125,7 +129,7 @@ class ApiTeacher:
             got: dict[int, Draw | str] = {index: held[key] for index, key in enumerate(keys) if key in held}
             step.reused += len(got)
             usage = Usage(cached_calls=1 if len(got) == len(keys) else 0)
-            warm = False
+            warm = not self._config.warm_cache
             while missing := [index for index in range(query.n) if index not in got]:
                 spans = list(_spans(missing, self._most))
                 async with asyncio.TaskGroup() as group:

@@ -31,7 +31,9 @@ class ApiConfig(Settings):
 
     `continuation` names the rung; `auto` looks once, live, and keeps what it saw in the store. `system` opens every
     request. `concurrency` bounds the calls under way, `timeout_s` one call, `max_attempts` its tries after a passing
-    fault (one that fails to the end is a counted hole, `error`). `n: false` draws one text per call.
+    fault (one that fails to the end is a counted hole, `error`). `n: false` draws one text per call. `warm_cache` asks
+    about one rollout's chunks one after another, so that each finds the one before in the provider's prompt cache:
+    cheaper where cached input has a discount, slower where it has none.
     """
 
     # A value that fails to validate is not quoted: it may be a key in the wrong place.
@@ -42,6 +44,7 @@ class ApiConfig(Settings):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: bool = True
+    warm_cache: bool = True
     concurrency: int = Field(default=64, ge=1)
     timeout_s: float = Field(default=60.0, gt=0)
     max_attempts: int = Field(default=6, ge=1)

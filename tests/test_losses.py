@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from omniopd.losses import chunked_logp_and_kl, entropy, forward_kl, reduction_scales, token_logp, token_nll
+from omniopd.objective import Reduction
 
 STUDENT = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0], dtype=torch.float64)
 TEACHER = torch.tensor([0.5, 2.0, 0.0, 1.0, -0.5], dtype=torch.float64)
 
 
-def finite_differences(function, at: Tensor, step: float = 1e-6) -> Tensor:
+def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-6) -> Tensor:
     """Central differences of a scalar function, coordinate by coordinate."""
     flat = []
     for i in range(at.numel()):
@@ -125,7 +128,7 @@ KL = (0.05, 0.01, 0.02, 0.12)
 
 
 @pytest.mark.parametrize(("mode", "golden"), [("sum_seqmean", 0.84), ("term_mean", 0.21), ("token_mean", 0.105)])
-def test_reductions_golden(mode, golden: float) -> None:
+def test_reductions_golden(mode: Reduction, golden: float) -> None:
     value = sum(token_nll(torch.tensor(c), torch.full((2,), w)).item() for c, w in zip(LOGP, (0.5, 0.3), strict=True))
     a, b = reduction_scales(mode, audited=4, unaudited=4, sequences=1)
     assert a * value + 0.1 * b * sum(KL) == pytest.approx(golden)
@@ -149,7 +152,7 @@ def test_l8_beta_means_what_the_mode_says_whatever_the_lengths() -> None:
 
 @pytest.mark.parametrize("mode", ["sum_seqmean", "term_mean", "token_mean"])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_o12_split_into_micro_batches(mode, parts: int) -> None:
+def test_o12_split_into_micro_batches(mode: Reduction, parts: int) -> None:
     """Four ragged sequences as 1, 2 and 4 micro-batches: the loss and gradient of one batch."""
     generator = torch.Generator().manual_seed(1)
     lengths = [3, 9, 1, 6]
@@ -197,9 +200,10 @@ def test_o9_sliced_equals_dense_in_value_and_gradient(slice_size: int) -> None:
     hidden, ref_hidden = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, 10, dtype=torch.float64)
     targets, mix = torch.randint(11, (7,)), torch.randn(2, 7, dtype=torch.float64)
     results = []
-    for function in (dense, lambda *given: chunked_logp_and_kl(*given, slice_size)):
+    for function in (dense, partial(chunked_logp_and_kl, slice_size=slice_size)):
         leaf = hidden.clone().requires_grad_()
         logp, kl = function(leaf, head, targets, ref_hidden, ref_head)
+        assert kl is not None
         gradients = torch.autograd.grad((mix[0] * logp + mix[1] * kl).sum(), [leaf, *head.parameters()])
         results.append((logp, kl, *gradients))
     for slow, fast in zip(*results, strict=True):

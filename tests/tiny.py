@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -62,15 +63,19 @@ def pieces(dummy_space: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     trainer = trainers.BpeTrainer(
-        vocab_size=440,
-        special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
+        vocab_size=180,
+        special_tokens=special,
         initial_alphabet=["▁", *(chr(code) for code in range(33, 127))],
         limit_alphabet=96,
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    state = json.loads(tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    for byte in range(256):  # ordinary vocabulary: as special tokens they would be left out when decoding
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
     return _fast(
-        tokenizer,
+        Tokenizer.from_str(json.dumps(state)),
         PIECE_TEMPLATE,
         bos_token="<s>",
         eos_token="</s>",

@@ -44,6 +44,12 @@ class OmniOPDConfig(Objective):
     chunk_tokens: int = Field(default=50, ge=1, le=4096, description="C, student tokens of a chunk; under 40 is risky [paper]")
     continuations: int = Field(default=10, ge=1, le=128, description="N, teacher continuations of a chunk")
     selector: Literal["entropy", "random"] = "entropy"
+    lead: int = Field(
+        default=1,
+        ge=0,
+        description="response tokens before the first place to audit: with nothing of the student's to go on from, a teacher "
+        "answers in its own manner [ours]; the paper has 0",
+    )
     score: tagged(SCORES) = Field(default="token_agreement", validate_default=True)  # type: ignore[valid-type]
     calibrate: bool = Field(default=False, description="measure similarity from the chance floor up")
     signals: list[tagged(SIGNALS)] = Field(  # type: ignore[valid-type]
@@ -93,10 +99,12 @@ class OmniOPD(Method):
         return queries
 
     def _starts(self, rollout: Rollout, row: int, step: int) -> list[int]:
-        count, length = self.config.chunks, self.config.chunk_tokens
+        count, length, lead = self.config.chunks, self.config.chunk_tokens, self.config.lead
         if self.config.selector == "random":
-            return random_starts(len(rollout), count, length, named_seed(self.seed, "chunks", step, row))
-        return select_starts(rollout.entropy, count, length)
+            starts = random_starts(len(rollout) - lead, count, length, named_seed(self.seed, "chunks", step, row))
+        else:
+            starts = select_starts(rollout.entropy[lead:], count, length)
+        return [start + lead for start in starts]
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Compare, score and place: values on audited tokens, branches from what the teacher wrote."""
@@ -178,6 +186,7 @@ class PaperConfig(OmniOPDConfig):
     """The paper's settings [second-hand]: M=10, C=50, N=10, alpha=1, edit distance, one likelihood weight, beta=0.1."""
 
     name: Literal["omniopd/paper"] = "omniopd/paper"  # type: ignore[assignment]
+    lead: int = 0
     score: tagged(SCORES) = Field(default="edit_distance", validate_default=True)  # type: ignore[valid-type]
     signals: list[tagged(SIGNALS)] = Field(  # type: ignore[valid-type]
         default=["likelihood_weight"], validate_default=True, min_length=1

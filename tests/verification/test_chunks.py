@@ -123,13 +123,13 @@ def test_a_chunk_outside_the_response_is_refused(start: int, length: int) -> Non
 @pytest.mark.parametrize(
     ("chunk", "needed", "grouped"),
     [
-        (span(1, 3, text="abc"), (1, 3), [range(0, 1), range(1, 2)]),
-        (span(1, 1, 1, 2, text="a😀"), (1, 2, 2, 2), [range(0, 1), range(1, 4)]),
-        (span(0, 1, text="é"), (1, 1), [range(0, 2)]),
-        (span(1, 1, text="a"), (1,), [range(0, 1)]),  # nothing in the chunk decides the last token
-        (span(1, 1, text="a", closes=True), (1, 2), [range(0, 1), range(1, 2)]),
-        (span(1, 1, 1, text="a", closes=True), (1, 2, 2), [range(0, 1), range(1, 3)]),
-        (span(0, text="", closes=True), (1,), [range(0, 1)]),
+        (span(1, 3, text="abc"), (1, 3), [range(1), range(1, 2)]),
+        (span(1, 1, 1, 2, text="a😀"), (1, 2, 2, 2), [range(1), range(1, 4)]),
+        (span(0, 1, text="é"), (1, 1), [range(2)]),
+        (span(1, 1, text="a"), (1,), [range(1)]),  # nothing in the chunk decides the last token
+        (span(1, 1, text="a", closes=True), (1, 2), [range(1), range(1, 2)]),
+        (span(1, 1, 1, text="a", closes=True), (1, 2, 2), [range(1), range(1, 3)]),
+        (span(0, text="", closes=True), (1,), [range(1)]),
         (span(0, text=""), (), []),
     ],
 )

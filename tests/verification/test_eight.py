@@ -6,8 +6,9 @@ Numbers 5 to 8, and the paper's toy numbers; number 3 (sliced against dense) is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def ascent(logits: np.ndarray, values: np.ndarray) -> np.ndarray:
     return p * (values - p @ values)
 
 
-def audits_of(actions: Sequence[int], p: np.ndarray, said: Sequence[str]) -> list[Audit]:
+def audits_of(actions: Iterable[int], p: np.ndarray, said: Sequence[str]) -> list[Audit]:
     """One audited chunk of one token per action; every teacher reply is one of the texts `said`."""
     chunks = [Chunk(0, 0, 1, "", action, (1,)) for action in ACTIONS]
     verdicts = judge_all(chunks, [[Reply(text, "length") for text in said]] * 4, EXACT)
@@ -131,7 +132,7 @@ def test_bandit_golden(start: Sequence[float], phi: Sequence[float], alpha: floa
 
 
 @pytest.mark.parametrize("signal", [LikelihoodWeight, Survival, ContinuationLikelihood])
-def test_eight_5_holes_stay_holes(signal: type) -> None:
+def test_eight_5_holes_stay_holes(signal: Any) -> None:
     """Refused, cut before the first token ended, or undecidable: mask 0 and value 0, next to a chunk with a verdict."""
     chunks = [
         Chunk(0, 0, 2, "", "12+", (2, 3)),
@@ -196,7 +197,7 @@ TEACHER = "a" * 7 + "b" * 2 + "c"  # ten continuations of the same distribution,
 
 
 @pytest.mark.parametrize("signal", [LikelihoodWeight(LikelihoodWeight.Config(alpha=0)), Survival(Survival.Config())])
-def test_eight_7_shuffled_verdicts_do_not_steer_toward_the_teacher(signal) -> None:
+def test_eight_7_shuffled_verdicts_do_not_steer_toward_the_teacher(signal: Any) -> None:
     actions, p = drawn(20_000)
     audits = audits_of(actions, p, TEACHER)
     true = updates(actions, p, [s.values[0] for s in signal.read(audits)])
@@ -211,7 +212,7 @@ def test_eight_7_shuffled_verdicts_do_not_steer_toward_the_teacher(signal) -> No
 
 
 @pytest.mark.parametrize("signal", [LikelihoodWeight(LikelihoodWeight.Config()), Survival(Survival.Config())])
-def test_eight_7_constant_values_do_not_steer(signal) -> None:
+def test_eight_7_constant_values_do_not_steer(signal: Any) -> None:
     actions, p = drawn(20_000)
     audits = audits_of(actions, p, TEACHER)
     constant = constant_values(signal.read(audits), [a.chunk for a in audits])

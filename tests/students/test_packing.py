@@ -1,0 +1,175 @@
+"""Trees: a rollout and its branches in one row give the numbers and gradients of separate rows."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from omniopd.types import Branch, Rollout
+from students.packing import Row, build_rows, micro_batches, tensors
+from students.policy import Policy
+from students.trainer import Learner
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def student(request: pytest.FixtureRequest, llama_folder: Path) -> Policy:
+    return tiny.policy(llama_folder, attention=request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(llama_folder: Path) -> Policy:
+    return tiny.policy(llama_folder)
+
+
+def bare(prompt_ids: tuple[int, ...], ids: tuple[int, ...]) -> Rollout:
+    zeros = (0.0,) * len(ids)
+    return Rollout(tiny.prompt(), prompt_ids, ids, zeros, zeros, (0,) * len(ids), "", "length")
+
+
+ROLLOUTS = [
+    bare((3, 9, 40), tuple(range(20, 32))),
+    bare((3, 7), (50, 51, 52)),
+    bare((3, 8, 8, 8, 8), ()),
+    bare((3, 99), (60, 61, 62, 63, 64, 65)),
+]
+BRANCHES = [
+    Branch(0, 5, (70, 71, 72, 73), 1.0),
+    Branch(3, 2, (80, 81), 2.0),
+    Branch(0, 0, (74, 75, 1), 1.0),  # a whole answer
+    Branch(0, 5, (70, 76), 0.5),  # at the same place as another
+    Branch(0, 12, (77, 78, 1), 1.0),  # at the very end
+    Branch(0, 3, (23, 24, 90, 91), 1.0, context=2),  # repeats two tokens of the prefix
+    Branch(2, 0, (92, 93, 94), 1.0),  # beside an empty rollout
+    Branch(1, 1, (95,), 1.0),  # a single token
+    Branch(1, 2, (96, 97), 1.0, context=1),
+]
+
+
+def numbers(student: Policy, rows: list[Row], own: int, learned: int) -> tuple[Tensor, Tensor]:
+    """log p of all response tokens and of all learned branch tokens, by their site numbers."""
+    logp, _, branch = Learner(student)(rows, False)
+    at = torch.tensor([n for row in rows for _, _, n in row.own_sites], dtype=torch.long)
+    behind = torch.tensor([n for row in rows for _, _, n in row.branch_sites], dtype=torch.long)
+    assert sorted(at.tolist()) == list(range(own))
+    assert sorted(behind.tolist()) == list(range(learned))
+    return torch.zeros(own).scatter(0, at, logp), torch.zeros(learned).scatter(0, behind, branch)
+
+
+def reference(student: Policy, rollouts: list[Rollout], branches: list[Branch]) -> tuple[Tensor, Tensor]:
+    """The same one sequence at a time, with gradient: the slow reference."""
+
+    def line(before: tuple[int, ...], ids: tuple[int, ...]) -> Tensor:
+        logits = student.model(input_ids=torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids, dtype=torch.long)[:, None])[:, 0]
+
+    own = [line(r.prompt_ids, r.ids) for r in rollouts if r.ids]
+    learned = [line((*rollouts[b.row].prompt_ids, *rollouts[b.row].ids[: b.at]), b.ids)[b.context :] for b in branches]
+    return torch.cat([*own, torch.zeros(0)]), torch.cat([*learned, torch.zeros(0)])
+
+
+def gradient(student: Policy, own: Tensor, learned: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    loss = (torch.randn(len(own)) * own).sum() + (torch.randn(len(learned)) * learned).sum()
+    student.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in student.model.parameters()])
+
+
+def check(student: Policy, rollouts: list[Rollout], branches: list[Branch], trees: bool) -> None:
+    own, learned = sum(map(len, rollouts)), sum(len(b.ids) - b.context for b in branches)
+    packed = numbers(student, build_rows(rollouts, branches, trees=trees), own, learned)
+    separate = reference(student, rollouts, branches)
+    for ours, truth in zip(packed, separate, strict=True):
+        torch.testing.assert_close(ours, truth, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient(student, *packed), gradient(student, *separate), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trees", [True, False])
+def test_packed_equals_separate_in_value_and_gradient(student: Policy, trees: bool) -> None:
+    check(student, ROLLOUTS, BRANCHES, trees)
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=lambda b: f"row{b.row}-at{b.at}-{len(b.ids)}ids-{b.context}context")
+def test_each_branch_alone_equals_separate(plain: Policy, branch: Branch) -> None:
+    check(plain, ROLLOUTS, [branch], trees=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), trees=st.booleans())
+def test_random_trees_equal_separate_rows(plain: Policy, seed: int, trees: bool) -> None:
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(2, 320) for _ in range(rng.randint(low, high)))
+
+    rollouts = [bare(ids(1, 5), ids(0, 9)) for _ in range(rng.randint(1, 3))]
+    branches = []
+    for _ in range(rng.randint(1, 6)):
+        row = rng.randrange(len(rollouts))
+        body = ids(1, 6)
+        at = rng.randint(0, len(rollouts[row]))
+        branches.append(Branch(row, at, body, rng.random(), context=rng.randrange(len(body))))
+    check(plain, rollouts, branches, trees)
+
+
+def test_qwen3_trees_equal_separate_rows(qwen_folder: Path) -> None:
+    check(tiny.policy(qwen_folder), ROLLOUTS, BRANCHES, trees=True)
+
+
+def test_a_token_sees_its_ancestors_only() -> None:
+    (row,) = build_rows([bare((3, 4), (5, 6))], [Branch(0, 1, (7, 8, 9), 1.0)], trees=True)
+    assert (row.ids, row.parents) == ([3, 4, 5, 6, 7, 8], [-1, 0, 1, 2, 2, 4])  # 9 is predicted, and predicts nothing
+    assert row.own_sites == [(1, 5, 0), (2, 6, 1)]
+    assert row.branch_sites == [(2, 7, 0), (4, 8, 1), (5, 9, 2)]
+    inputs = tensors([row], torch.float32, torch.device("cpu"))
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 3, 4]]
+    seen = (inputs["attention_mask"][0, 0] == 0).int().tolist()
+    assert seen[3] == [1, 1, 1, 1, 0, 0]
+    assert seen[5] == [1, 1, 1, 0, 1, 1]
+
+
+def test_the_shared_prefix_is_held_once_in_trees_and_each_time_in_rows() -> None:
+    trees = build_rows(ROLLOUTS, BRANCHES, trees=True)
+    rows = build_rows(ROLLOUTS, BRANCHES, trees=False)
+    assert (len(trees), len(rows)) == (4, 3 + len(BRANCHES))  # the empty rollout alone predicts nothing
+    assert sum(len(r.ids) for r in trees) < sum(len(r.ids) for r in rows)
+    assert all(row.is_line for row in rows)
+    assert not trees[0].is_line
+
+
+def test_rows_that_predict_nothing_are_left_out() -> None:
+    assert build_rows([bare((3, 4), ())], [], trees=True) == []
+    assert micro_batches([], 10) == []
+
+
+@given(st.lists(st.integers(1, 40), max_size=20), st.integers(1, 120))
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    rows = [Row(ids=[i] * length) for i, length in enumerate(lengths)]
+    batches = micro_batches(rows, budget)
+    assert sorted(row.ids[0] for batch in batches for row in batch) == list(range(len(rows)))
+    for batch in batches:
+        padded = len(batch) * max(len(row.ids) for row in batch)
+        assert padded <= budget or len(batch) == 1
+
+
+def test_o13_padding_and_its_neighbours_change_nothing(plain: Policy) -> None:
+    """The pad id is 0 and rows are padded on the right with it; a real token 0 and a final end token count as any."""
+    rollouts = [bare((0, 3, 0), (0, 5, 1)), bare((3,), tuple(range(30, 45)))]
+    rows = build_rows(rollouts, [], trees=True)
+    together, _ = numbers(plain, rows, 18, 0)
+    alone = torch.cat([numbers(plain, build_rows([r], [], trees=True), len(r), 0)[0] for r in rollouts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    truth, _ = reference(plain, rollouts, [])
+    torch.testing.assert_close(together, truth, atol=1e-5, rtol=1e-5)
+    assert rows[0].own_sites[-1] == (4, 1, 2)  # the end token is predicted like any other
+
+
+def test_o13_a_line_beside_a_tree_is_masked_alike(plain: Policy) -> None:
+    check(plain, [ROLLOUTS[1], ROLLOUTS[0]], [Branch(1, 4, (70, 71), 1.0)], trees=True)
