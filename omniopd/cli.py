@@ -21,7 +21,7 @@ from omniopd.errors import OmniError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     _quiet_libraries()
     try:
         arguments.command(arguments)
@@ -32,6 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("omniopd: interrupted; what was done is kept, continue with --resume", file=sys.stderr)
         return 130
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; overrides may stand before, between and after flags, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

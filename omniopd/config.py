@@ -43,7 +43,7 @@ class RunConfig(Settings):
     student: StudentSettings
     teacher: tagged(TEACHERS)  # type: ignore[valid-type]
     task: tagged(TASKS)  # type: ignore[valid-type]
-    method: tagged(METHODS) = Field(default="omniopd", validate_default=True)  # type: ignore[valid-type]
+    method: tagged(METHODS, default="omniopd") = Field(default="omniopd", validate_default=True)  # type: ignore[valid-type]
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     output: Path = Path("runs/run")

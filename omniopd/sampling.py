@@ -105,7 +105,7 @@ def _sample_batch(model: PreTrainedModel, requests: list[Request], end_ids: Coll
     row_of = torch.arange(len(requests), device=device).repeat_interleave(repeats)
     cache = getattr(out, "past_key_values", None)
     if cache is None:
-        raise OmniError(f"{type(model).__name__} keeps no standard cache to sample with; choose a model with attention layers")
+        raise OmniError(f"{type(model).__name__} keeps no standard cache to sample with; choose one with attention layers")
     if len(row_of) > len(requests):
         cache.reorder_cache(row_of)
     state = _Rows(requests, row_of.tolist(), frozenset(end_ids), device)
@@ -153,12 +153,12 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :length, :] for room in self._rooms)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._rooms = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
+        self.reorder_cache(indices)  # type: ignore[arg-type]
 
 
 def _room(like: torch.Tensor, length: int) -> torch.Tensor:

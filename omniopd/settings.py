@@ -19,16 +19,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-def tagged(registry: Registry[Any]) -> Any:
+def tagged(registry: Registry[Any], default: str | None = None) -> Any:
     """The annotation of a config field that holds one component of that registry.
 
     The value is `{tag: NAME, ...}` or just `NAME`, checked against the `Config` of the component registered as NAME. A
-    component without a `Config` takes no settings but its name.
+    component without a `Config` takes no settings but its name. Settings without a name belong to `default`.
     """
-    return Annotated[SerializeAsAny[Settings], BeforeValidator(_chooser(registry))]
+    return Annotated[SerializeAsAny[Settings], BeforeValidator(_chooser(registry, default))]
 
 
-def _chooser(registry: Registry[Any]) -> Callable[[Any], Any]:
+def _chooser(registry: Registry[Any], default: str | None) -> Callable[[Any], Any]:
     tag = registry.tag
 
     def choose(value: Any) -> Any:
@@ -36,6 +36,8 @@ def _chooser(registry: Registry[Any]) -> Callable[[Any], Any]:
             return value
         if isinstance(value, str):
             value = {tag: value}
+        if isinstance(value, dict) and default is not None:
+            value = {tag: default, **value}
         if not isinstance(value, dict) or not isinstance(value.get(tag), str):
             raise ValueError(f"needs '{tag}', one of: {', '.join(registry.names())}")
         component = registry.get(value[tag])

@@ -84,7 +84,8 @@ def _set_weights(policy: Policy, path: Path) -> None:
             raise ValueError("its adapter has other layers than this student's")
         set_peft_model_state_dict(policy.model, weights)
         return
-    saved, info = AutoModelForCausalLM.from_pretrained(path, dtype=policy.model.dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=policy.model.dtype, output_loading_info=True)
+    saved, info = loaded
     if strange := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"weights do not match: {sorted(map(str, strange))[:3]}")
     policy.model.load_state_dict(saved.state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from jinja2 import TemplateError
 from pydantic import Field
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -128,7 +127,8 @@ class Policy:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise DataError(f"prompt {prompt.id}: the student's chat template refuses it: {_first_line(error)}") from None
+            reason = _first_line(error)
+            raise DataError(f"prompt {prompt.id}: the student's chat template refuses it: {reason}") from None
         parts = re.split("\ue000(\\d+)\ue001", str(text))
         ids = tuple(self.tokenizer(parts[0], add_special_tokens=False).input_ids)
         for place, after in zip(parts[1::2], parts[2::2], strict=True):
@@ -152,7 +152,7 @@ class Policy:
         return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def split_model(model: PreTrainedModel) -> tuple[Any, Callable[[Tensor], Tensor]]:
+def split_model(model: PreTrainedModel) -> tuple[Any, Any]:
     """The transformer without its head, and the head."""
     head = model.get_output_embeddings()
     if head is None:

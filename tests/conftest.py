@@ -21,7 +21,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         name = f"{tokenizer}-{kind}-{sorted(settings.items())}"
         if name not in made:
             made[name] = tiny.saved(
-                tmp_path_factory.mktemp("student"), getattr(tiny, tokenizer)(), kind, **settings  # type: ignore[arg-type]
+                tmp_path_factory.mktemp("student"),
+                getattr(tiny, tokenizer)(),
+                kind,
+                **settings,  # type: ignore[arg-type]
             )
         return made[name]
 

@@ -94,7 +94,9 @@ def test_other_seeds_give_other_texts(llama: PreTrainedModel) -> None:
 
 def test_l9_numbers_are_those_of_the_distribution_that_produced_the_token(model: PreTrainedModel) -> None:
     """Left padding and the cache change nothing, and no number stands one token late."""
-    for request, draws in zip(requests(draws=2, limit=40), sample(model, requests(draws=2, limit=40), [END]), strict=True):
+    for request, draws in zip(
+        requests(draws=2, limit=40), sample(model, requests(draws=2, limit=40), [END]), strict=True
+    ):
         for draw in draws:
             logp, entropy = tiny.dense(model, request.prompt_ids, draw.ids)
             torch.testing.assert_close(torch.tensor(draw.logprobs), logp, atol=1e-5, rtol=1e-5)
@@ -118,7 +120,7 @@ def test_a_model_without_a_standard_cache_is_refused_in_one_line() -> None:
 
 
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """Pearson's statistic over its degrees of freedom, rare tokens pooled: about 1 if the draws follow the probabilities."""
+    """Pearson's statistic over its degrees of freedom, rare tokens pooled: about 1 if the draws follow `probs`."""
     order = probs.argsort(descending=True)
     counts, expected = counts[order].double(), probs[order].double() * counts.sum()
     often = expected >= 5

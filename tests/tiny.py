@@ -46,7 +46,10 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     return _fast(tokenizer, TEMPLATE, eos_token="<|end|>", pad_token="<|pad|>", additional_special_tokens=special[2:])
@@ -54,13 +57,15 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def pieces(dummy_space: bool = False) -> PreTrainedTokenizerFast:
-    """SentencePiece-style BPE: metaspace and byte fallback; `dummy_space` puts a space before the text, as Llama 2 does."""
+    """SentencePiece-style BPE: metaspace, byte fallback; `dummy_space` puts a space before the text, as in Llama 2."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     marks = [normalizers.Prepend("▁")] * dummy_space + [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(marks)
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     strip = [decoders.Strip(" ", 1, 0)] * dummy_space
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     trainer = trainers.BpeTrainer(
         vocab_size=180,
@@ -90,7 +95,9 @@ def letters() -> PreTrainedTokenizerFast:
     """A letter per token and one end token, so that every id sequence and its text are the same thing."""
     tokenizer = Tokenizer(models.BPE({"<end>": 0, **{letter: i + 1 for i, letter in enumerate(LETTERS)}}, []))
     tokenizer.decoder = decoders.Fuse()
-    return _fast(tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}", eos_token="<end>", pad_token="<end>")
+    return _fast(
+        tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}", eos_token="<end>", pad_token="<end>"
+    )
 
 
 def _fast(tokenizer: Tokenizer, template: str, **special: Any) -> PreTrainedTokenizerFast:
@@ -119,7 +126,9 @@ def model(tokenizer: PreTrainedTokenizerBase, kind: str = "llama", seed: int = 0
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **settings})).eval()
 
 
-def saved(folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str = "llama", seed: int = 0, **settings: Any) -> Path:
+def saved(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str = "llama", seed: int = 0, **settings: Any
+) -> Path:
     """Such a model with its tokenizer as a Hugging Face folder."""
     model(tokenizer, kind, seed, **settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

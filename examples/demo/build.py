@@ -86,7 +86,7 @@ def student_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=special[2:],
         chat_template=_STUDENT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=2048,
     )
 
 
@@ -117,7 +117,7 @@ def teacher_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=special[3:],
         chat_template=_TEACHER_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=2048,
     )
 
 
@@ -130,7 +130,7 @@ def student_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=512,
+            max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -149,7 +149,7 @@ def teacher_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=36,
-            max_position_embeddings=512,
+            max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -1,71 +1,15 @@
-"""A scripted teacher behind real HTTP, and configs that join it with the shipped demo student."""
+"""A small run of the shipped demo student against a scripted teacher."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import ScriptedTeacher
 
-ROOT = Path(__file__).resolve().parents[2]
-STUDENT = ROOT / "examples" / "demo" / "student"
-
-Answer = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-def scripted(body: dict[str, Any]) -> tuple[int, Any]:
-    """Continuations made from a hash of the request, the same for the same request and draw: a recorded teacher."""
-    choices = []
-    for draw in range(body.get("n", 1)):
-        name = json.dumps([body["messages"], body["seed"] + draw])
-        digits = str(int(hashlib.sha256(name.encode()).hexdigest(), 16))
-        choices.append({"message": {"content": f"{digits[0]}. {digits[1:3]}+{digits[3]}"}, "finish_reason": "length"})
-    used = {"prompt_tokens": 50, "completion_tokens": 8 * len(choices)}
-    return 200, {"model": "scripted", "choices": choices, "usage": used}
-
-
-class ScriptedTeacher:
-    """Counts calls and keeps bodies; `answer` and `latency` may be changed while it serves."""
-
-    def __init__(self) -> None:
-        self.answer: Answer = scripted
-        self.latency = 0.0
-        self.bodies: list[dict[str, Any]] = []
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                time.sleep(outer.latency)
-                status, payload = outer.answer(body)
-                with outer.lock:
-                    outer.bodies.append(body)
-                raw = json.dumps(payload).encode()
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(raw)))
-                    self.end_headers()
-                    self.wfile.write(raw)
-                except (BrokenPipeError, ConnectionResetError):  # a killed client
-                    pass
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+STUDENT = Path(__file__).resolve().parents[2] / "examples" / "demo" / "student"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ScriptedTeacher
+from scripted import ScriptedTeacher
 
 from omniopd.cli import main
 
@@ -53,7 +53,7 @@ def fails(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixtur
         ("teacher.type=opanai", ["teacher", "openai"]),
         ("task.type=gsm", ["task", "gsm8k"]),
         ("student.path=/no/such/folder", ["student.path", "/no/such/folder"]),
-        ("student.max_new_tokens=500", ["arithmetic/", "context of 512", "student.max_new_tokens"]),
+        ("student.max_new_tokens=2030", ["arithmetic/", "context of 2048", "student.max_new_tokens"]),
         ("nonsense", ["'nonsense'", "train.steps=5"]),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ScriptedTeacher
+from scripted import ScriptedTeacher
 from safetensors.torch import load_file
 
 from omniopd.store import Store

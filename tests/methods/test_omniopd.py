@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from omniopd.types import AnswerQuery, Answers, Continuations, ContinueQuery, Ev
 from omniopd.verification.weights import geometric_mean, smoothed
 from students.policy import Policy
 
-TEXT = "The answer is 12 + 7 = 19, so Tom has 19 apples.\nFirst, we add 東京 and 😀 the two numbers. Then return x  # done"
+TEXT = (
+    "The answer is 12 + 7 = 19, so Tom has 19 apples.\nFirst, we add 東京 and 😀 the two numbers. Then return x  # done"
+)
 
 
 @pytest.fixture(scope="module", params=["byte_level", "pieces"])
@@ -74,12 +77,22 @@ def built(**config: Any) -> Objective:
 def test_the_papers_preset() -> None:
     paper = built(name="omniopd/paper")
     shown = paper.model_dump()
-    assert (shown["chunks"], shown["chunk_tokens"], shown["continuations"], shown["selector"]) == (10, 50, 10, "entropy")
+    assert (shown["chunks"], shown["chunk_tokens"], shown["continuations"], shown["selector"]) == (
+        10,
+        50,
+        10,
+        "entropy",
+    )
     assert shown["score"] == {"name": "edit_distance"}
     (signal,) = shown["signals"]
-    assert (signal["name"], signal["alpha"], signal["centred"], signal["form"]) == ("likelihood_weight", 1.0, False, "weight")
+    assert (signal["name"], signal["alpha"], signal["centred"], signal["form"]) == (
+        "likelihood_weight",
+        1.0,
+        False,
+        "weight",
+    )
     assert (shown["anchor"]["beta"], shown["anchor"]["where"]) == (0.1, "unaudited")
-    assert (shown["calibrate"], shown["placebo"]) == (False, "none")
+    assert (shown["lead"], shown["calibrate"], shown["placebo"]) == (0, False, "none")
 
 
 def test_our_own_defaults_and_shorthand() -> None:
@@ -127,13 +140,24 @@ def test_eight_4_survival_values_land_on_the_token_where_replies_part(student: P
     method = method_of(student, chunks=1, signals=["survival"], chunk_tokens=6)
     (query,) = method.audit(rows, 1)
     chunk = query.chunk  # type: ignore[union-attr]
-    parts = chunk.text[: chunk.ends[3]] + "\x00\x00\x00\x00\x00\x00"  # agrees with four tokens, then says something else
+    parts = (
+        chunk.text[: chunk.ends[3]] + "\x00\x00\x00\x00\x00\x00"
+    )  # agrees with four tokens, then says something else
     signal = method.read(rows, [said(query, *[parts] * 4)], 1)
-    values, p = signal.values_BT[0][8:14].tolist(), [2.718281828459045**lp for lp in row.logprobs[8:14]]
+    values, p = signal.values_BT[0][8:14].tolist(), [math.exp(lp) for lp in row.logprobs[8:14]]
     assert values[4] == pytest.approx(max(-5, torch.tensor((p[4] / 5) / p[4]).log().item()), abs=1e-5)
     for j in range(4):
         assert values[j] == pytest.approx(min(5, torch.tensor((4 + p[j]) / 5 / p[j]).log().item()), abs=1e-5)
     assert signal.mask_BT[0][8:14].tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("selector", ["entropy", "random"])
+@pytest.mark.parametrize("lead", [0, 1, 7])
+def test_no_chunk_opens_before_the_lead(student: Policy, selector: str, lead: int) -> None:
+    rows = [rollout_of(student, peaks=[0, lead, 20, 2])]
+    starts = [q.chunk.start for q in method_of(student, chunks=99, lead=lead, selector=selector).audit(rows, 1)]  # type: ignore[union-attr]
+    assert min(starts) >= lead
+    assert selector == "random" or {lead, 20} <= set(starts)
 
 
 @pytest.mark.parametrize("selector", ["entropy", "random"])
@@ -171,7 +195,8 @@ def test_l11_rollouts_shorter_than_a_chunk_are_not_asked_about(llama: Policy) ->
     short = tiny.rollout(llama, (20, 21, 22, 23))
     empty = tiny.rollout(llama, ())
     exact = tiny.rollout(llama, (20, 21, 22, 23, 24))
-    method = method_of(llama)
+    assert method_of(llama, lead=1).audit([short, empty, exact], 1) == []
+    method = method_of(llama, lead=0)
     queries = method.audit([short, empty, exact], 1)
     assert [(q.chunk.row, q.chunk.start) for q in queries] == [(2, 0)]  # type: ignore[union-attr]
     signal = method.read([short, empty, exact], [echo(queries[0])], 1)
@@ -353,9 +378,10 @@ def test_l19_shuffled_texts_go_to_other_chunks_and_constant_ones_are_the_student
 
     own = [f" reply {i}" for i in range(len(queries))]
     assert taught("none") == own
-    assert sorted(taught("shuffle")) == sorted(own) and not any(a == b for a, b in zip(taught("shuffle"), own, strict=True))
+    dealt = taught("shuffle")
+    assert sorted(dealt) == sorted(own) and not any(a == b for a, b in zip(dealt, own, strict=True))
     for text, query in zip(taught("constant"), queries, strict=True):
-        assert query.chunk.text.startswith(text)  # type: ignore[union-attr]
+        assert query.chunk.text.startswith(text.rstrip("\ufffd"))  # type: ignore[union-attr]
 
 
 def test_l2_calibration_measures_from_the_chance_floor_up(llama: Policy) -> None:

@@ -102,12 +102,13 @@ def test_each_branch_alone_equals_separate(plain: Policy, branch: Branch) -> Non
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), trees=st.booleans())
-def test_random_trees_equal_separate_rows(plain: Policy, seed: int, trees: bool) -> None:
+@given(seed=st.integers(0, 10**6), trees=st.booleans(), words=st.sampled_from([2, 3, 300]))
+def test_random_trees_equal_separate_rows(plain: Policy, seed: int, trees: bool, words: int) -> None:
+    """With few different tokens branches often agree with the rollout and with one another."""
     rng = random.Random(seed)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(2, 320) for _ in range(rng.randint(low, high)))
+        return tuple(rng.randrange(2, 2 + words) for _ in range(rng.randint(low, high)))
 
     rollouts = [bare(ids(1, 5), ids(0, 9)) for _ in range(rng.randint(1, 3))]
     branches = []
@@ -142,6 +143,13 @@ def test_the_shared_prefix_is_held_once_in_trees_and_each_time_in_rows() -> None
     assert sum(len(r.ids) for r in trees) < sum(len(r.ids) for r in rows)
     assert all(row.is_line for row in rows)
     assert not trees[0].is_line
+
+
+def test_what_branches_have_in_common_is_held_once() -> None:
+    same = [Branch(0, 1, (6, 7, 8), 1.0), Branch(0, 1, (6, 7, 9, 1), 1.0), Branch(0, 1, (5, 6, 7), 1.0)]
+    (row,) = build_rows([bare((3, 4), (5, 6))], same, trees=True)
+    assert row.ids == [3, 4, 5, 6, 7, 9, 5, 6]
+    assert [predicts for predicts, _, _ in row.branch_sites] == [2, 3, 4, 2, 3, 4, 5, 2, 6, 7]
 
 
 def test_rows_that_predict_nothing_are_left_out() -> None:

@@ -99,7 +99,7 @@ def test_a_prompt_that_does_not_fit_is_refused(llama_folder: Path) -> None:
 def test_a_template_that_refuses_a_prompt_is_quoted(llama_folder: Path) -> None:
     student = tiny.policy(llama_folder)
     student.tokenizer.chat_template = "{{ raise_exception('system messages are not supported') }}"
-    with pytest.raises(DataError, match="prompt p: .*system messages are not supported"):
+    with pytest.raises(DataError, match=r"prompt p: .*system messages are not supported"):
         student.prompt_ids(tiny.prompt())
 
 

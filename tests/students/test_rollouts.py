@@ -76,7 +76,12 @@ def test_greedy_takes_the_likeliest(student: Policy) -> None:
 
 def test_unwritten_rollouts_have_a_prompt_and_no_tokens(student: Policy) -> None:
     for prompt, rollout in zip(PROMPTS, Sampler(student, 0).unwritten(PROMPTS), strict=True):
-        assert (rollout.prompt, rollout.prompt_ids, len(rollout), rollout.text) == (prompt, student.prompt_ids(prompt), 0, "")
+        assert (rollout.prompt, rollout.prompt_ids, len(rollout), rollout.text) == (
+            prompt,
+            student.prompt_ids(prompt),
+            0,
+            "",
+        )
 
 
 @pytest.mark.parametrize("text", ["The answer is 19.", "東京 <|end|> </s> 😀", ""])

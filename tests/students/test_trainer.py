@@ -1,4 +1,4 @@
-"""The update: one loss and gradient however the step is cut, equal to a slow reference, and refused where not finite."""
+"""The update: one loss and gradient however the step is cut, equal to a slow reference, refused if not finite."""
 
 from __future__ import annotations
 
@@ -37,8 +37,14 @@ def rollouts_of(student: Policy) -> list[Rollout]:
 def signal_of(rollouts: Sequence[Rollout], branches: bool = True) -> Signal:
     """Values of both signs on every other stretch of three tokens; three branches, one with context."""
     masks = [torch.tensor([t // 3 % 2 == 0 for t in range(len(r))], dtype=torch.bool) for r in rollouts]
-    values = [torch.sin(torch.arange(float(len(r))) + i) * m for i, (r, m) in enumerate(zip(rollouts, masks, strict=True))]
-    wrote = (Branch(0, 3, (20, 21, 22), 2.0), Branch(4, 20, (23, 1), 1.0), Branch(3, 4, (24, 25, 26, 27), 1.0, context=1))
+    values = [
+        torch.sin(torch.arange(float(len(r))) + i) * m for i, (r, m) in enumerate(zip(rollouts, masks, strict=True))
+    ]
+    wrote = (
+        Branch(0, 3, (20, 21, 22), 2.0),
+        Branch(4, 20, (23, 1), 1.0),
+        Branch(3, 4, (24, 25, 26, 27), 1.0, context=1),
+    )
     return Signal(tuple(values), tuple(masks), wrote if branches else (), branch_scale=0.7)
 
 
@@ -213,7 +219,9 @@ def test_token_mean_does_not_count_a_token_twice_where_the_anchor_is_everywhere(
 
 
 @pytest.mark.parametrize(("reduction", "each"), [("term_mean", 1 / 8), ("token_mean", 1 / 8), ("sum_seqmean", 1 / 2)])
-def test_answers_without_rollouts_are_learned_in_every_reduction(llama_folder: Path, reduction: Any, each: float) -> None:
+def test_answers_without_rollouts_are_learned_in_every_reduction(
+    llama_folder: Path, reduction: Any, each: float
+) -> None:
     student = tiny.policy(llama_folder)
     rollouts = Sampler(student, 0).unwritten([tiny.prompt(), tiny.prompt()])
     branches = (Branch(0, 0, (20, 21, 22, 1), 1.0), Branch(1, 0, (23, 24, 25, 1), 1.0))
@@ -432,7 +440,10 @@ def never(logits: Tensor) -> Tensor:
 def continued(teacher: Any, student: Policy, queries: Sequence[Query], seed: int) -> list[Continuations]:
     """A teacher of the student's own tokenizer that goes on from the prefix."""
     prefixes = [(*student.prompt_ids(q.prompt), *student.encode(q.chunk.prefix)[0]) for q in queries]
-    asked = [Request(ids, named_seed(seed, i), q.max_tokens, q.n) for i, (ids, q) in enumerate(zip(prefixes, queries, strict=True))]
+    asked = [
+        Request(ids, named_seed(seed, i), q.max_tokens, q.n)
+        for i, (ids, q) in enumerate(zip(prefixes, queries, strict=True))
+    ]
     drawn = sample(teacher, asked, student.end_ids)
     return [
         Continuations(query, tuple(Reply(student.decode(list(d.ids)), d.finish) for d in draws))
@@ -466,7 +477,9 @@ def test_eight_1_survival_finds_no_advantage_in_the_students_own_words(speller: 
     """Within the binomial error of N continuations; another teacher's advantages lie far outside."""
     config = OmniOPDConfig(chunks=2, chunk_tokens=3, continuations=128, teacher_tokens=4, signals=["survival"])
     method = OmniOPD(config, speller, seed=0)
-    rollouts = Sampler(speller, 0).sample([tiny.prompt(text) for text in ("abc", "fed", "cab", "bee", "add", "face", "dad", "bad")], 1)
+    rollouts = Sampler(speller, 0).sample(
+        [tiny.prompt(t) for t in ("abc", "fed", "cab", "bee", "add", "face", "dad", "bad")], 1
+    )
     queries = method.audit(rollouts, 1)
 
     def mean_square(teacher: Any) -> float:
