@@ -10,6 +10,7 @@ style". The two differ in architecture, tokenizer family, chat template and mann
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
@@ -39,16 +40,17 @@ WORDY_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one demo model is made: optimizer steps, batch size and peak learning rate."""
+    """How one demo model is made: optimizer steps, batch size, peak learning rate and whether it decays."""
 
     name: str
     steps: int
+    decay: bool
     batch: int = 48
     learning_rate: float = 3e-3
 
 
-STUDENT = Recipe("student", steps=1500)
-TEACHER = Recipe("teacher", steps=3000)
+STUDENT = Recipe("student", steps=1000, decay=False)
+TEACHER = Recipe("teacher", steps=3000, decay=True)
 
 _STUDENT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -186,17 +188,16 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, messages) -> Ite
         yield from (pool[start : start + recipe.batch] for start in starts)
 
 
+def rate(step: int, recipe: Recipe, warmup: int = 100) -> float:
+    """The learning rate's factor: a linear warm-up, then a cosine down to 2 %, or no decay at all."""
+    decay = 0.5 * (1 + math.cos(min(step / recipe.steps, 1.0) * math.pi)) + 0.02 if recipe.decay else 1.0
+    return min((step + 1) / warmup, decay)
+
+
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, messages) -> None:
-    """Supervised training on worked answers: AdamW, linear warm-up, cosine decay, loss on the answer only."""
+    """Supervised training on worked answers with AdamW, loss on the answer only."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warmup,
-            0.5 * (1 + torch.cos(torch.tensor(min(step / recipe.steps, 1.0) * torch.pi)).item()) + 0.02,
-        ),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     model.train()
     started = time.time()
     for step, rows in enumerate(islice(batches(tokenizer, recipe, messages), recipe.steps)):
