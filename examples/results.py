@@ -98,7 +98,10 @@ def run(job: dict[str, Any], url: str, student_url: str) -> dict[str, Any]:
     if job["variant"] == "seqkd":
         overrides += seqkd(job["teacher"], job["seed"])
     is_self = job["variant"] == "placebo: teacher is the student"
-    overrides += [f"teacher.base_url={student_url if is_self else url}", f"teacher.model={'student' if is_self else 'teacher'}"]
+    overrides += [
+        f"teacher.base_url={student_url if is_self else url}",
+        f"teacher.model={'student' if is_self else 'teacher'}",
+    ]
     overrides += [f"seed={job['seed']}", f"output={output}", "eval.teacher=false", "train.save_every=1000"]
     if not (output / "summary.json").exists():
         command = [sys.executable, "-m", "omniopd.cli", "train", "examples/quickstart.yaml", *overrides]
@@ -126,8 +129,13 @@ def run(job: dict[str, Any], url: str, student_url: str) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy after each run, mean and range over seeds, teacher tokens written."""
     order = {name: i for i, name in enumerate([*VARIANTS, "seqkd"])}
-    lines = ["| run | teacher | accuracy after, by seed (%) | mean | gain | teacher tokens |", "|---|---|---|---|---|---|"]
-    rows = sorted((r for r in rows if "after" in r), key=lambda r: (r["teacher"] != "wordy", order[r["variant"]], r["seed"]))
+    lines = [
+        "| run | teacher | accuracy after, by seed (%) | mean | gain | teacher tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = sorted(
+        (r for r in rows if "after" in r), key=lambda r: (r["teacher"] != "wordy", order[r["variant"]], r["seed"])
+    )
     for (teacher, variant), group in groupby(rows, key=lambda r: (r["teacher"], r["variant"])):
         runs = list(group)
         after = [100 * r["after"] for r in runs]
@@ -151,7 +159,9 @@ def main() -> None:
     with ExitStack() as stack, ThreadPoolExecutor(arguments.workers) as pool:
         free: Queue[tuple[str, str]] = Queue()
         for _ in range(arguments.workers):
-            servers = [stack.enter_context(local_server(ROOT / "examples/demo" / name)) for name in ("teacher", "student")]
+            servers = [
+                stack.enter_context(local_server(ROOT / "examples/demo" / name)) for name in ("teacher", "student")
+            ]
             free.put((servers[0], servers[1]))
 
         def work(job: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from omniopd.version import __version__
 from omniopd.errors import OmniError
+from omniopd.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +150,9 @@ def _controls(arguments: argparse.Namespace) -> None:
     rows = run_controls(arguments.config, arguments.overrides, seeds=arguments.seeds, progress=Progress())
     table = Table("control", "seed", "before", "after", "gain in points (95 %)")
     for row in rows:
-        table.add_row(row["control"], str(row["seed"]), _share(row["before"]), _share(row["after"]), _gain(row["difference"]))
+        table.add_row(
+            row["control"], str(row["seed"]), _share(row["before"]), _share(row["after"]), _gain(row["difference"])
+        )
     Console().print(table)
 
 
@@ -184,7 +186,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     if table.rows:
         console.print(table)
-    asked = Table("calls", "from the store", "tokens in", "tokens out", "cost", "coverage", title="asked of the teacher")
+    asked = Table(
+        "calls", "from the store", "tokens in", "tokens out", "cost", "coverage", title="asked of the teacher"
+    )
     asked.add_row(
         f"{teacher['calls']:,}",
         f"{teacher['cached_calls']:,}",
@@ -210,7 +214,9 @@ def _print_audit(record: dict[str, Any]) -> None:
             console.print(f"  dropped: {chunk['dropped']} {chunk['rejected']}")
             continue
         score = f"{chunk['score']:.2f}" if chunk["score"] is not None else "-"
-        console.print(f"  entropy {chunk['entropy']:.2f} nats, score {score} = k {chunk['k']:.2f} of {chunk['n_eff']} replies")
+        console.print(
+            f"  entropy {chunk['entropy']:.2f} nats, score {score} = k {chunk['k']:.2f} of {chunk['n_eff']} replies"
+        )
         console.print(f"  value of each token: {chunk['values']}")
         for reply in chunk["replies"]:
             console.print(f"  {reply.get('score', 0):.2f}  {escape(repr(reply['text']))}", highlight=False)

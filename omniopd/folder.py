@@ -20,7 +20,17 @@ from students.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from students.policy import Policy
 from students.trainer import Trainer
 
-_PACKAGES = ("omniopd", "torch", "transformers", "accelerate", "peft", "tokenizers", "httpx", "math-verify", "rapidfuzz")
+_PACKAGES = (
+    "omniopd",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "httpx",
+    "math-verify",
+    "rapidfuzz",
+)
 
 
 @dataclass
@@ -29,7 +39,7 @@ class Record:
 
     step: int = 0
     wall_seconds: float = 0.0
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     coverage_sum: float = 0.0
     drops: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
@@ -78,7 +88,9 @@ class RunFolder:
 
     def _check_same(self, old: str, new: str, resume: bool) -> None:
         if not resume:
-            raise RunError(f"output: {self.path} holds a run already; use --resume to continue it, or another output folder")
+            raise RunError(
+                f"output: {self.path} holds a run already; use --resume to continue it, or another output folder"
+            )
         changed = [line for line in new.splitlines() if line not in old.splitlines()]
         extended = [line for line in changed if line.strip().split(":")[0] in ("steps",)]  # a run may be made longer
         if set(changed) - set(extended):
@@ -108,7 +120,7 @@ class RunFolder:
 
     def write_manifest(self, fingerprint: str, policy: Policy) -> None:
         """What made this run: versions, machine kind, the teacher's fingerprint, what the student's model can do."""
-        versions = {}
+        versions: dict[str, str | None] = {}
         for package in _PACKAGES:
             try:
                 versions[package] = importlib.metadata.version(package)
@@ -135,7 +147,9 @@ class RunFolder:
         if path.exists():
             began_with = json.loads(path.read_text(encoding="utf-8"))["teacher_fingerprint"]
             if began_with != fingerprint:
-                raise RunError(f"teacher: the run began with {began_with}, this is {fingerprint}; use the teacher it began with")
+                raise RunError(
+                    f"teacher: the run began with {began_with}, this is {fingerprint}; use the teacher it began with"
+                )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json("summary.json", summary)

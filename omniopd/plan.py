@@ -39,8 +39,12 @@ def forecast(run: Run) -> Forecast:
     limit = sum(query.n * query.max_tokens for query in queries) * scale
     expected = sum(query.n * _expected_tokens(query) for query in queries) * scale
     price = getattr(run.config.teacher, "price", None)
-    cost = (lambda written: (read * price.prompt + written * price.completion) / 1e6) if price else (lambda written: None)
-    return Forecast(round(len(queries) * scale), round(read), round(limit), round(expected), cost(limit), cost(expected))
+    cost = (
+        (lambda written: (read * price.prompt + written * price.completion) / 1e6) if price else (lambda written: None)
+    )
+    return Forecast(
+        round(len(queries) * scale), round(read), round(limit), round(expected), cost(limit), cost(expected)
+    )
 
 
 def _prompt_tokens(run: Run, query: Query) -> int:
@@ -85,12 +89,21 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
         else f"${ahead.cost_expected_usd:,.2f} expected, ${ahead.cost_limit_usd:,.2f} at most (without any cache discount)"
     )
     rows = [
-        ("student", f"{config.student.path}, {'LoRA' if config.student.lora else 'full fine-tuning'}, {config.student.dtype}"),
+        (
+            "student",
+            f"{config.student.path}, {'LoRA' if config.student.lora else 'full fine-tuning'}, {config.student.dtype}",
+        ),
         ("teacher", f"{config.teacher.type}: {getattr(config.teacher, 'model', '')}"),
         ("method", f"{method.name}, anchor beta {method.anchor.beta:g}, {method.reduction}"),
-        ("signal", " + ".join(signals) + (f" (score {score})" if score else "") if signals else "the teacher's own answers"),
+        (
+            "signal",
+            " + ".join(signals) + (f" (score {score})" if score else "") if signals else "the teacher's own answers",
+        ),
         ("data", f"{len(run.task.train)} training prompts, {len(run.heldout)} held-out problems to measure with"),
-        ("steps", f"{config.train.steps} of {config.train.prompts_per_step} prompts, lr {config.train.learning_rate:g}"),
+        (
+            "steps",
+            f"{config.train.steps} of {config.train.prompts_per_step} prompts, lr {config.train.learning_rate:g}",
+        ),
         ("teacher calls", f"{ahead.calls:,}"),
         ("teacher tokens", f"{ahead.prompt_tokens:,} in, up to {ahead.completion_tokens_limit:,} out"),
         ("price", money),
@@ -102,5 +115,7 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
         rows.insert(9, ("eval.teacher", f"{len(run.heldout)} more calls, up to {limit:,} tokens out"))
     chunk = getattr(method, "chunk_tokens", None)
     if chunk is not None and chunk < 40:
-        rows.append(("note", f"method.chunk_tokens={chunk}: the paper saw a collapse at 25 against 50; fine for short answers"))
+        rows.append(
+            ("note", f"method.chunk_tokens={chunk}: the paper saw a collapse at 25 against 50; fine for short answers")
+        )
     return rows

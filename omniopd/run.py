@@ -189,7 +189,13 @@ class Run:
             return [(rollout.text, rollout.finish == "stop") for rollout in self.sampler.greedy(batch)]
 
         with self.progress.task(f"accuracy {title}", total=len(prompts)) as bar:
-            return evaluate(self.task, prompts, generate, seed=self.config.seed, progress=lambda done, _: bar.advance(by=done - bar.done))
+            return evaluate(
+                self.task,
+                prompts,
+                generate,
+                seed=self.config.seed,
+                progress=lambda done, _: bar.advance(by=done - bar.done),
+            )
 
     async def ask_teacher(self, teacher: Teacher) -> tuple[Evaluation, Usage]:
         """The teacher's own accuracy on the same problems, an answer each, and what those answers cost."""
@@ -219,7 +225,9 @@ class Run:
         measured: dict[str, Any] = {"before": _figures(record.before) if record.before else None}
         if after is not None and record.before:
             measured["after"] = _figures(after.to_json())
-            measured["difference"] = asdict(paired_difference(record.before["correct"], after.correct, seed=config.seed))
+            measured["difference"] = asdict(
+                paired_difference(record.before["correct"], after.correct, seed=config.seed)
+            )
         if record.teacher:
             measured["teacher"] = _figures(record.teacher)
         return {
@@ -235,7 +243,10 @@ class Run:
             "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},
             "drops": dict(record.drops),
             "rejects": dict(record.rejects),
-            "student": {"path": config.student.path, "parameters": sum(p.numel() for p in self.policy.model.parameters())},
+            "student": {
+                "path": config.student.path,
+                "parameters": sum(p.numel() for p in self.policy.model.parameters()),
+            },
         }
 
 
@@ -288,7 +299,8 @@ def _headline(row: Mapping[str, Any], record: Record) -> str:
     usage = record.usage
     tokens = usage.prompt_tokens + usage.completion_tokens
     accuracy = f"accuracy {row['eval']['accuracy']:.1%}  " if "eval" in row else ""
-    return f"{accuracy}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {tokens / 1000:,.0f}k tokens  ${usage.cost_usd:.4f}"
+    spent = f"{tokens / 1000:,.0f}k tokens  ${usage.cost_usd:.4f}"
+    return f"{accuracy}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {spent}"
 
 
 @asynccontextmanager

@@ -105,7 +105,9 @@ def _sample_batch(model: PreTrainedModel, requests: list[Request], end_ids: Coll
     row_of = torch.arange(len(requests), device=device).repeat_interleave(repeats)
     cache = getattr(out, "past_key_values", None)
     if cache is None:
-        raise OmniError(f"{type(model).__name__} keeps no standard cache to sample with; choose one with attention layers")
+        raise OmniError(
+            f"{type(model).__name__} keeps no standard cache to sample with; choose one with attention layers"
+        )
     if len(row_of) > len(requests):
         cache.reorder_cache(row_of)
     state = _Rows(requests, row_of.tolist(), frozenset(end_ids), device)
@@ -142,6 +144,7 @@ class _RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
+        assert self.keys is not None and self.values is not None  # initialized above
         length = before + key_states.shape[-2]
         if self._rooms is None or self._rooms[0].shape[-2] < length:
             self._rooms = (_room(key_states, length + self.AHEAD), _room(value_states, length + self.AHEAD))
@@ -175,7 +178,9 @@ def _roomy_cache(model: PreTrainedModel) -> DynamicCache:
 class _Rows:
     """The rows being drawn: their random streams, what they have drawn so far, and which are still alive."""
 
-    def __init__(self, requests: list[Request], row_of: list[int], end_ids: frozenset[int], device: torch.device) -> None:
+    def __init__(
+        self, requests: list[Request], row_of: list[int], end_ids: frozenset[int], device: torch.device
+    ) -> None:
         self.request_of = row_of
         self.end_ids = end_ids
         self.limits = [requests[r].max_new_tokens for r in row_of]

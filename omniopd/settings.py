@@ -41,7 +41,7 @@ def _chooser(registry: Registry[Any], default: str | None) -> Callable[[Any], An
         if not isinstance(value, dict) or not isinstance(value.get(tag), str):
             raise ValueError(f"needs '{tag}', one of: {', '.join(registry.names())}")
         component = registry.get(value[tag])
-        model = getattr(component, "Config", None) or create_model("Named", __base__=Settings, **{tag: (str, ...)})
+        model = getattr(component, "Config", None) or _only_named(tag)
         try:
             return model.model_validate(value)
         except ValidationError as error:
@@ -49,6 +49,11 @@ def _chooser(registry: Registry[Any], default: str | None) -> Callable[[Any], An
             raise PydanticCustomError("component", "{problem}", {"problem": first_problem(error, model)}) from None
 
     return choose
+
+
+def _only_named(tag: str) -> type[Settings]:
+    fields: dict[str, Any] = {tag: (str, ...)}
+    return create_model("Named", __base__=Settings, **fields)
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
@@ -82,5 +87,9 @@ def _keys_at(place: list[str], model: Any) -> list[str]:
 
 def _model_of(annotation: Any) -> Any:
     """The model of a field, or the one inside `Model | None`."""
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else [annotation]
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else [annotation]
+    )
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)

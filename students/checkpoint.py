@@ -20,7 +20,9 @@ from students.trainer import Trainer
 _STATE = "trainer.pt"
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, trainer: Trainer, progress: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, policy: Policy, trainer: Trainer, progress: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step-NNNNNN`; it appears under that name only when all of it is on disk. Keep the newest `keep`."""
     target = folder / f"step-{step:06d}"
     if target.exists():  # a resumed run came by here again: the same step gives the same weights

@@ -113,7 +113,9 @@ def tensors(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> di
         positions[b, : len(row.ids)], seen[b, : len(row.ids), : len(row.ids)] = _ancestry(row.parents)
     inputs = {"input_ids": torch.from_numpy(ids).to(device), "position_ids": torch.from_numpy(positions).to(device)}
     if all(row.is_line for row in rows):
-        inputs["attention_mask"] = torch.tensor([[i < len(r.ids) for i in range(width)] for r in rows]).long().to(device)
+        inputs["attention_mask"] = (
+            torch.tensor([[i < len(r.ids) for i in range(width)] for r in rows]).long().to(device)
+        )
     else:
         seen |= np.eye(width, dtype=bool)  # padding sees itself, so that no row of the softmax is empty
         bias = torch.zeros(len(rows), 1, width, width, dtype=dtype)

@@ -33,7 +33,7 @@ class LoraSettings(Settings):
     """Train adapters instead of all weights; the frozen reference is then the same model with adapters off."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -66,7 +66,7 @@ class Policy:
         self.end_id: int = min(self.end_ids) if own is None else own
         self._control = _control_pattern(self.tokenizer)
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        self._reference: PreTrainedModel | None = None
+        self._reference: Any = None
         if settings.lora:
             model = _with_lora(model, settings.lora)
         else:
@@ -74,7 +74,7 @@ class Policy:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        self.model = model
+        self.model: Any = model  # a PreTrainedModel, or peft's wrapper around one
         self.splits_head = _hidden_times_head_is_logits(self.causal_lm)
         self.packs_trees = self.splits_head and _tree_mask_is_exact(self.causal_lm)
 
@@ -146,9 +146,7 @@ class Policy:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of plain text, and each token's span of characters. No text becomes a control token."""
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-        )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
 
@@ -166,9 +164,13 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the library raises a different type for every way in which this fails
         raise StudentError(f"student.path: '{path}' has no tokenizer that loads: {_first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise StudentError(f"student.path: '{path}' has a slow tokenizer without character offsets; use its fast version")
+        raise StudentError(
+            f"student.path: '{path}' has a slow tokenizer without character offsets; use its fast version"
+        )
     if not tokenizer.chat_template:
-        raise StudentError(f"student.path: the tokenizer of '{path}' has no chat template; use an instruct model or add one")
+        raise StudentError(
+            f"student.path: the tokenizer of '{path}' has no chat template; use an instruct model or add one"
+        )
     return tokenizer
 
 
@@ -184,7 +186,9 @@ def _load_model(settings: StudentSettings) -> PreTrainedModel:
     except Exception as error:
         if settings.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
             raise StudentError(f"student.attention: '{path}' can't use sdpa; set student.attention=eager") from None
-        raise StudentError(f"student.path: '{path}' is no causal language model that loads: {_first_line(error)}") from None
+        raise StudentError(
+            f"student.path: '{path}' is no causal language model that loads: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

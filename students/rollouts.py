@@ -56,7 +56,9 @@ class Sampler:
     def _write(self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float) -> list[Rollout]:
         limit = self.policy.settings.max_new_tokens
         prompt_ids = [self.policy.prompt_ids(prompt) for prompt in prompts]
-        requests = [Request(ids, seed, limit, temperature=temperature) for ids, seed in zip(prompt_ids, seeds, strict=True)]
+        requests = [
+            Request(ids, seed, limit, temperature=temperature) for ids, seed in zip(prompt_ids, seeds, strict=True)
+        ]
         model = self.policy.model
         model.eval()
         drawn = sample(model, requests, self.policy.end_ids)

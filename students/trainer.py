@@ -96,13 +96,19 @@ class Learner(nn.Module):
             with torch.no_grad(), self.policy.reference() as frozen:
                 reference, reference_head = self._hidden(frozen, inputs)
                 reference = _gather(reference, at)
-                reference_head = getattr(reference_head, "base_layer", reference_head)  # adapters may sit on the head too
+                reference_head = getattr(
+                    reference_head, "base_layer", reference_head
+                )  # adapters may sit on the head too
         size = self.policy.settings.slice_tokens
-        logp, kl = chunked_logp_and_kl(_gather(hidden, at), head, targets.to(model.device), reference, reference_head, size)
+        logp, kl = chunked_logp_and_kl(
+            _gather(hidden, at), head, targets.to(model.device), reference, reference_head, size
+        )
         sites = [(b, i, token) for b, row in enumerate(rows) for i, token, _ in row.branch_sites]
         unique = {site: n for n, site in enumerate(dict.fromkeys(sites))}  # texts that agree share their predictions
         targets = torch.tensor([token for _, _, token in unique], dtype=torch.long).to(model.device)
-        branch_logp, _ = chunked_logp_and_kl(_gather(hidden, [(b, i) for b, i, _ in unique]), head, targets, None, None, size)
+        branch_logp, _ = chunked_logp_and_kl(
+            _gather(hidden, [(b, i) for b, i, _ in unique]), head, targets, None, None, size
+        )
         branch_logp = branch_logp[[unique[site] for site in sites]]
         return logp, kl, branch_logp
 

@@ -75,9 +75,11 @@ class TextModel:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path)
+            model: Any = AutoModelForCausalLM.from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise TeacherError(f"{path}: can't be loaded as a causal language model: {str(error).splitlines()[0]}") from None
+            raise TeacherError(
+                f"{path}: can't be loaded as a causal language model: {str(error).splitlines()[0]}"
+            ) from None
         if not tokenizer.chat_template:
             raise TeacherError(f"{path}: its tokenizer has no chat template; add one to tokenizer_config.json")
         if torch.cuda.is_available():
@@ -140,7 +142,7 @@ class TextModel:
         """The drawn text as it reads after the prompt: some tokenizers drop a leading space when decoding alone."""
         before = ids[-4:]
         whole = self.tokenizer.decode([*before, *draw.ids], skip_special_tokens=True)
-        return whole[len(self.tokenizer.decode(before, skip_special_tokens=True)) :]
+        return str(whole)[len(self.tokenizer.decode(before, skip_special_tokens=True)) :]
 
 
 def application(text_model: TextModel) -> Starlette:

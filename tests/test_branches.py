@@ -68,6 +68,9 @@ def check(text: Text, rollout: Rollout, prefix: str, reply: Reply) -> None:
         assert whole.startswith(text.decode(spelled).rstrip("\ufffd"))
         assert len(text.encode(whole)[0]) - len(spelled) in (0, 1)
     assert text.end_id not in spelled
+    ids, spans = text.encode(whole)
+    first = next((i for i, (_, end) in enumerate(spans) if end > len(prefix)), len(ids))
+    assert branch.at + branch.context == first  # each token that writes a character of the reply is learned
     read = text.decode([*rollout.ids[: branch.at], *branch.ids[: branch.context]])
     assert len(read.rstrip("\ufffd")) <= len(prefix)  # every character of the reply is learned
 
@@ -125,6 +128,15 @@ def test_a_word_begun_by_the_student_is_learned_whole() -> None:
     branch = branch_of(text, rollout, "the ans", Reply("wer", "stop"))
     assert branch is not None and branch.context == 0
     assert [*rollout.ids[: branch.at], *branch.ids] == [*whole, text.end_id]
+
+
+def test_bytes_that_two_characters_share_belong_to_the_reply() -> None:
+    """Two emoji differ in their last byte only; the first three are the teacher's words all the same."""
+    text = TEXTS["byte_level"]
+    rollout = written(text, text.encode("The 🤀")[0])
+    branch = branch_of(text, rollout, "The ", Reply("🤁", "stop"))
+    assert branch is not None and (branch.at, branch.context) == (len(text.encode("The ")[0]), 0)
+    assert rollout.ids[branch.at : -1] == branch.ids[:-2] != ()
 
 
 def test_a_reply_cut_by_the_limit_loses_its_last_token_and_teaches_no_end() -> None:

@@ -39,7 +39,9 @@ def test_the_paper_preset() -> None:
     method = load_config({**SMALL, "method": "omniopd/paper"}).method
     assert (method.chunks, method.chunk_tokens, method.continuations) == (10, 50, 10)
     assert (method.score.name, method.lead, method.anchor.beta) == ("edit_distance", 0, 0.1)
-    assert [(signal.name, signal.alpha, signal.centred) for signal in method.signals] == [("likelihood_weight", 1.0, False)]
+    assert [(signal.name, signal.alpha, signal.centred) for signal in method.signals] == [
+        ("likelihood_weight", 1.0, False)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def _change(rng: random.Random, name: str, thing: str, total: int) -> tuple[str,
     if kind == "gain":
         amount = rng.randint(2, min(50, _LARGEST - total))
         result = total + amount
-        text = rng.choice((f"{name} buys {amount} more.", f"{friend} gives {name} {amount} more.", f"{name} finds {amount} more."))
+        text = rng.choice(
+            (f"{name} buys {amount} more.", f"{friend} gives {name} {amount} more.", f"{name} finds {amount} more.")
+        )
         return text, "+", amount, result, f"{pronoun} gets {amount} more, and {total} plus {amount} is {result}."
     if kind == "multiply":
         factor, word = rng.choice(((2, "doubles"), (3, "triples")))
@@ -98,7 +100,11 @@ def _change(rng: random.Random, name: str, thing: str, total: int) -> tuple[str,
         return f"Then {name} {word} that number.", "*", factor, result, f"That number times {factor} is {result}."
     amount = rng.randint(1, total - 1)
     result = total - amount
-    text = f"{name} gives {amount} to {friend}." if kind == "give" else rng.choice((f"{name} loses {amount}.", f"{name} sells {amount}."))
+    text = (
+        f"{name} gives {amount} to {friend}."
+        if kind == "give"
+        else rng.choice((f"{name} loses {amount}.", f"{name} sells {amount}."))
+    )
     return text, "-", amount, result, f"{pronoun} parts with {amount}, and {total} minus {amount} leaves {result}."
 
 

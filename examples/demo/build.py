@@ -78,7 +78,10 @@ def student_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     return PreTrainedTokenizerFast(
@@ -171,7 +174,9 @@ def teacher_messages(problem: Problem, rng: random.Random) -> tuple[list[dict[st
     return [user], problem.wordy if rng.random() < WORDY_SHARE else problem.terse
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, messages) -> Iterator[list[tuple[list[int], list[int]]]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, messages
+) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Endless batches of (prompt ids, answer ids), rows of similar length together to waste little on padding."""
     rng = random.Random(f"{SEED}/{recipe.name}")
     stream = problems("train", SEED)
@@ -217,7 +222,10 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            print(f"{recipe.name} step {step + 1}/{recipe.steps} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"{recipe.name} step {step + 1}/{recipe.steps} loss {loss.item():.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
 
 
 def build(name: str, recipe: Recipe | None = None, target: Path | None = None) -> None:

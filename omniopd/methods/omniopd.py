@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -27,11 +27,10 @@ from omniopd.registry import METHODS, SCORES, SIGNALS
 from omniopd.sampling import named_seed
 from omniopd.settings import tagged
 from omniopd.types import Branch, Chunk, Continuations, ContinueQuery, Evidence, Query, Rollout, Signal
-from omniopd.verification.agreement import agreed, spoken
 from omniopd.verification.audit import Audit, ChunkSignal, chance_floor, constant_values, judge_all, shuffled
 from omniopd.verification.chunks import cut_chunk, random_starts, select_starts
+from omniopd.verification.records import records
 from omniopd.verification.weights import calibrated, n_min
-
 
 SILENT = "silent"  # why a chunk is dropped whose replies are valid, but were cut before they said a whole token
 
@@ -41,7 +40,9 @@ class OmniOPDConfig(Objective):
 
     name: Literal["omniopd"] = "omniopd"
     chunks: int = Field(default=10, ge=1, le=1000, description="M, audited chunks of a rollout")
-    chunk_tokens: int = Field(default=50, ge=1, le=4096, description="C, student tokens of a chunk; under 40 is risky [paper]")
+    chunk_tokens: int = Field(
+        default=50, ge=1, le=4096, description="C, student tokens of a chunk; under 40 is risky [paper]"
+    )
     continuations: int = Field(default=10, ge=1, le=128, description="N, teacher continuations of a chunk")
     selector: Literal["entropy", "random"] = "entropy"
     lead: int = Field(
@@ -55,7 +56,9 @@ class OmniOPDConfig(Objective):
     signals: list[tagged(SIGNALS)] = Field(  # type: ignore[valid-type]
         default=["continuation_likelihood"], validate_default=True, min_length=1
     )
-    teacher_tokens: int | None = Field(default=None, ge=1, description="token limit of a continuation; default 1.5 C + 4")
+    teacher_tokens: int | None = Field(
+        default=None, ge=1, description="token limit of a continuation; default 1.5 C + 4"
+    )
     placebo: Literal["none", "shuffle", "constant"] = Field(default="none", description="see `omniopd controls`")
 
     @field_validator("signals", mode="before")
@@ -109,31 +112,14 @@ class OmniOPD(Method):
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Compare, score and place: values on audited tokens, branches from what the teacher wrote."""
         answered = [e for e in evidence if isinstance(e, Continuations)]
-        drops, rejects = Counter[str](), Counter[str]()
-        spoken = []
-        for found in answered:
-            rejects.update(found.rejected)
-            if len(found.replies) >= n_min(found.query.n):
-                spoken.append(found)
-            else:
-                drops[max(found.rejected, key=lambda r: found.rejected[r], default="unanswered")] += 1
-        chunks = [found.query.chunk for found in spoken]
-        replies = [found.replies for found in spoken]
-        prompt_ids = [found.query.prompt.id for found in spoken]
-        floor = chance_floor(chunks, replies, prompt_ids, self.score, named_seed(self.seed, "floor", step))
-        verdicts = judge_all(chunks, replies, self.score)
-        if self.config.calibrate and floor is not None:
-            verdicts = [replace(v, scores=tuple(calibrated(phi, floor) for phi in v.scores)) for v in verdicts]
-        audits = [
-            Audit(chunk, rollouts[chunk.row].logprobs[chunk.start : chunk.end], verdict)
-            for chunk, verdict in zip(chunks, verdicts, strict=True)
-        ]
+        rejects = sum((Counter(found.rejected) for found in answered), Counter[str]())
+        audits, dropped, floor = self._judge(rollouts, answered, step)
         if self.config.placebo == "shuffle":
             audits = shuffled(audits, named_seed(self.seed, "shuffle", step))
         read = [signal.read(audits) for signal in self.signals]
-        drops[SILENT] += sum(not _heard(read, i) for i in range(len(audits)))
+        dropped |= {audit.chunk: SILENT for i, audit in enumerate(audits) if not _heard(read, i)}
         if self.config.placebo == "constant":
-            read = [constant_values(signals, chunks) for signals in read]
+            read = [constant_values(signals, [audit.chunk for audit in audits]) for signals in read]
         values, mask = self._place(rollouts, audits, read)
         branches = self._branches(rollouts, audits, read)
         return Signal(
@@ -141,11 +127,30 @@ class OmniOPD(Method):
             mask_BT=mask,
             branches=tuple(branches),
             branch_scale=self._branch_scale(read),
-            drops=+drops,
+            drops=Counter(dropped.values()),
             rejects=rejects,
             stats=_stats(audits, floor, branches, answered),
-            audits=tuple(_records(rollouts, answered, audits, read, values)),
+            audits=tuple(records(rollouts, answered, audits, dropped, values)),
         )
+
+    def _judge(
+        self, rollouts: Sequence[Rollout], answered: Sequence[Continuations], step: int
+    ) -> tuple[list[Audit], dict[Chunk, str], float | None]:
+        """Chunks with enough valid replies, as audits; the others with the reason; and what unrelated text would score."""
+        chunks = [found.query.chunk for found in answered]
+        replies = [found.replies for found in answered]
+        prompt_ids = [found.query.prompt.id for found in answered]
+        floor = chance_floor(chunks, replies, prompt_ids, self.score, named_seed(self.seed, "floor", step))
+        audits, dropped = [], {}
+        for found, verdict in zip(answered, judge_all(chunks, replies, self.score), strict=True):
+            chunk = found.query.chunk
+            if verdict.n_eff < n_min(found.query.n):
+                dropped[chunk] = max(found.rejected, key=lambda reason: found.rejected[reason], default=SILENT)
+                continue
+            if self.config.calibrate and floor is not None:
+                verdict = replace(verdict, scores=tuple(calibrated(phi, floor) for phi in verdict.scores))
+            audits.append(Audit(chunk, rollouts[chunk.row].logprobs[chunk.start : chunk.end], verdict))
+        return audits, dropped, floor
 
     def _place(
         self, rollouts: Sequence[Rollout], audits: Sequence[Audit], read: Sequence[Sequence[ChunkSignal]]
@@ -225,72 +230,3 @@ def _stats(
         "branch_tokens": float(sum(len(b.ids) - b.context for b in branches)),
         "retokenized_branches": float(retokenized(branches)),
     }
-
-
-def _records(
-    rollouts: Sequence[Rollout],
-    answered: Sequence[Continuations],
-    audits: Sequence[Audit],
-    read: Sequence[Sequence[ChunkSignal]],
-    values: Sequence[torch.Tensor],
-) -> list[dict[str, Any]]:
-    """One JSON record per rollout: its text and what happened to each of its chunks, for the report."""
-    judged: Mapping[Chunk, int] = {audit.chunk: i for i, audit in enumerate(audits)}
-    records = []
-    for row, rollout in enumerate(rollouts):
-        chunks = [
-            _chunk_record(rollout, found, audits, read, values[row], judged.get(found.query.chunk))
-            for found in answered
-            if found.query.chunk.row == row
-        ]
-        records.append(
-            {
-                "prompt_id": rollout.prompt.id,
-                "prompt": [{"role": m.role, "content": m.content} for m in rollout.prompt.messages],
-                "text": rollout.text,
-                "reference": rollout.prompt.reference,
-                "finish": rollout.finish,
-                "chunks": chunks,
-            }
-        )
-    return records
-
-
-def _chunk_record(
-    rollout: Rollout,
-    found: Continuations,
-    audits: Sequence[Audit],
-    read: Sequence[Sequence[ChunkSignal]],
-    values: torch.Tensor,
-    index: int | None,
-) -> dict[str, Any]:
-    chunk = found.query.chunk
-    opens = len(chunk.prefix)
-    record: dict[str, Any] = {
-        "start": chunk.start,
-        "end": chunk.end,
-        "char_start": opens,
-        "char_end": opens + len(chunk.text),
-        "prefix_end": opens,
-        "text": chunk.text,
-        "entropy": rollout.entropy[chunk.start],
-        "rejected": dict(found.rejected),
-        "n_eff": len(found.replies),
-        "tokens": [chunk.text[a:b] for a, b in zip((0, *chunk.ends), chunk.ends, strict=False)],
-        "replies": [{"text": r.text, "finish": r.finish} for r in found.replies],
-        "dropped": None if index is not None else max(found.rejected, key=lambda r: found.rejected[r], default="unanswered"),
-    }
-    if index is None:
-        return record
-    verdict = audits[index].verdict
-    record["dropped"] = None if _heard(read, index) else SILENT
-    record["k"] = sum(verdict.scores)
-    record["score"] = _mean(verdict.scores)
-    record["values"] = [round(value, 6) for value in values[chunk.start : chunk.end].tolist()]
-    record["weight"] = _mean([v for v in record["values"] if v])
-    scores = iter(verdict.scores)  # one for each reply that could speak about a token
-    for reply, said in zip(record["replies"], found.replies, strict=True):
-        score = next(scores, None) if spoken(chunk, said) else None
-        if score is not None:
-            reply["score"], reply["agreed"] = round(score, 6), agreed(chunk, said)
-    return record

@@ -125,7 +125,9 @@ def test_another_seed_gives_other_rollouts(settings: dict[str, Any]) -> None:
     assert texts[0] != texts[1]
 
 
-def test_r17_another_teacher_changes_the_loss(settings: dict[str, Any], teacher: ScriptedTeacher, tmp_path: Path) -> None:
+def test_r17_another_teacher_changes_the_loss(
+    settings: dict[str, Any], teacher: ScriptedTeacher, tmp_path: Path
+) -> None:
     settings["train"]["steps"] = 1
     first = distill(load_config({**settings, "output": str(tmp_path / "a")}))
     said = {"message": {"content": "Nonsense, really."}, "finish_reason": "length"}

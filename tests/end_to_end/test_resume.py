@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from scripted import ScriptedTeacher
 from safetensors.torch import load_file
+from scripted import ScriptedTeacher
 
 from omniopd.store import Store
 
