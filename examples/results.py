@@ -30,6 +30,7 @@ from teachers.local import local_server
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "results"
 DOCS = ROOT / "docs" / "results"
+STEPS = 30
 BRIEF = "Answer in equations only."
 TEACHERS = {"wordy": [], "terse": [f"teacher.system={BRIEF}"]}
 
@@ -55,7 +56,6 @@ VARIANTS: dict[str, list[str]] = {
     "likelihood_weight, edit_distance, centred": _weight("edit_distance", centred=True),
     "likelihood_weight, rouge1": _weight("rouge1"),
     "likelihood_weight, embedding": _weight(f"{{name: embedding, model: {_minilm()}}}"),
-    "likelihood_weight + continuation_likelihood": ["method.signals=[likelihood_weight, continuation_likelihood]"],
     "paper preset, C=6, M=3, N=6": [
         "method={name: omniopd/paper, chunks: 3, chunk_tokens: 6, continuations: 6}",
     ],
@@ -74,7 +74,8 @@ def jobs(seeds: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
                     continue
                 if variant.startswith("placebo") and teacher != "wordy":
                     continue
-                yield {"variant": variant, "teacher": teacher, "seed": seed, "overrides": [*own, *overrides]}
+                settings = [f"train.steps={STEPS}", *own, *overrides]
+                yield {"variant": variant, "teacher": teacher, "seed": seed, "overrides": settings}
 
 
 def seqkd(teacher: str, seed: int) -> list[str]:
@@ -102,7 +103,8 @@ def run(job: dict[str, Any], url: str, student_url: str) -> dict[str, Any]:
         f"teacher.base_url={student_url if is_self else url}",
         f"teacher.model={'student' if is_self else 'teacher'}",
     ]
-    overrides += [f"seed={job['seed']}", f"output={output}", "eval.teacher=false", "train.save_every=1000"]
+    overrides += [f"seed={job['seed']}", f"output={output}", "eval.teacher=false"]
+    overrides += ["eval.every=0", "train.save_every=1000"]
     if not (output / "summary.json").exists():
         command = [sys.executable, "-m", "omniopd.cli", "train", "examples/quickstart.yaml", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

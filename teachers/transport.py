@@ -18,10 +18,12 @@ import email.utils
 import json
 import math
 import random
+import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +38,7 @@ Sleep = Callable[[float], Awaitable[None]]
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0  # a training step waits for the slowest call: the ceiling is low
 LONGEST_RETRY_AFTER_S = 120.0  # a server that asks for more is not disobeyed: the call is dropped
 LONGEST_CONNECT_S = 10.0
+POOL = 8  # connections of one client: httpx looks at all of them for every call, so many small pools beat a large one
 _JSON = "application/json"
 
 
@@ -52,11 +55,13 @@ class _Dropped(Exception):
 
 
 class Session:
-    """One gather's connections. Made by `Transport.session`."""
+    """One gather's connections. Made by `Transport.session`; `clients` has one entry for each call that may be under way."""
 
-    def __init__(self, transport: Transport, client: httpx.AsyncClient) -> None:
-        self._transport, self._client = transport, client
-        self._slots = asyncio.Semaphore(transport.concurrency)
+    def __init__(self, transport: Transport, clients: Sequence[httpx.AsyncClient]) -> None:
+        self._transport = transport
+        self._free: asyncio.Queue[httpx.AsyncClient] = asyncio.Queue()
+        for client in clients:
+            self._free.put_nowait(client)
 
     async def call(self, body: Mapping[str, Any]) -> Outcome:
         """Send one request until it is answered, refused or given up.
@@ -68,30 +73,32 @@ class Session:
             TeacherError: can't connect, the key or the model is refused, or no money is left.
         """
         attempts = 0
-        async with self._slots:
-            try:
-                async for attempt in self._transport.retrying():
-                    with attempt:
-                        attempts += 1
-                        return Outcome(attempts, await self._once(body))
-            except _Dropped as dropped:
-                return Outcome(attempts, None, dropped.reason, dropped.detail)
-            except _Again as failure:
-                if failure.unreachable:
-                    raise TeacherError(
-                        f"teacher at {self._transport.wire.url} can't be reached ({failure.detail}); "
-                        "start the server or correct teacher.base_url"
-                    ) from None
-                return Outcome(attempts, None, "error", failure.detail)
+        client = await self._free.get()
+        try:
+            async for attempt in self._transport.retrying():
+                with attempt:
+                    attempts += 1
+                    return Outcome(attempts, await self._once(client, body))
+        except _Dropped as dropped:
+            return Outcome(attempts, None, dropped.reason, dropped.detail)
+        except _Again as failure:
+            if failure.unreachable:
+                raise TeacherError(
+                    f"teacher at {self._transport.wire.url} can't be reached ({failure.detail}); "
+                    "start the server or correct teacher.base_url"
+                ) from None
+            return Outcome(attempts, None, "error", failure.detail)
+        finally:
+            self._free.put_nowait(client)
         raise AssertionError("tenacity ends in an exception or a result")
 
-    async def _once(self, body: Mapping[str, Any]) -> Completion:
+    async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Completion:
         wire, timeout_s = self._transport.wire, self._transport.timeout_s
         # ASCII, so that a lone surrogate in a student's text is sent as an escape and not refused by the encoder.
         content = json.dumps(body, ensure_ascii=True)
         try:
             async with asyncio.timeout(timeout_s):  # httpx's own limit starts again with every received byte
-                response = await self._client.post(wire.url, content=content, headers={"Content-Type": _JSON})
+                response = await client.post(wire.url, content=content, headers={"Content-Type": _JSON})
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _Again(self._clean(str(error) or type(error).__name__), unreachable=True) from None
         except (TimeoutError, httpx.TimeoutException):
@@ -156,13 +163,29 @@ class Transport:
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
         """Connections for one gather. They belong to the running event loop, so they don't outlive it."""
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         timeout = httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, LONGEST_CONNECT_S), pool=None)
         local = is_loopback(urlsplit(self.wire.url).hostname)  # a proxy can't reach a server on this machine
-        async with httpx.AsyncClient(
-            auth=self.wire.auth, limits=limits, timeout=timeout, transport=self._http, trust_env=not local
-        ) as client:
-            yield Session(self, client)
+        limits = httpx.Limits(max_connections=POOL, max_keepalive_connections=POOL)
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    httpx.AsyncClient(
+                        auth=self.wire.auth,
+                        limits=limits,
+                        timeout=timeout,
+                        transport=self._http,
+                        trust_env=not local,
+                        verify=self._trust,
+                    )
+                )
+                for _ in range(math.ceil(self.concurrency / POOL))
+            ]
+            yield Session(self, [clients[place % len(clients)] for place in range(self.concurrency)])
+
+    @cached_property
+    def _trust(self) -> ssl.SSLContext:
+        """The certificates to trust, read once: it takes longer than a call."""
+        return httpx.create_ssl_context()
 
     def retrying(self) -> tenacity.AsyncRetrying:
         """The retry loop of one call."""

@@ -223,14 +223,14 @@ def test_eight_5_every_chunk_is_used_or_dropped_with_a_reason(student: Policy, n
         lambda q: said(q, refusal=4),
         lambda q: said(q, "x", refusal=1, empty=2),
         lambda q: said(q, "x", "y", restart=2),  # half is enough
-        lambda q: said(q),  # nobody knows why
+        lambda q: said(q),  # no reply, and no reason
         lambda q: said(q, "x", "y", "z", meta=1),
         lambda q: said(q, *[chunk.text[:0]] * 4, finish="length"),  # cut before they said anything
         echo,
     ]
     evidence = [script(query) for script, query in zip(scripts, queries, strict=True)]
     signal = method.read(rows, evidence, 1)
-    assert dict(signal.drops) == {"refusal": 1, "empty": 1, "unanswered": 1, "silent": 1}
+    assert dict(signal.drops) == {"refusal": 1, "empty": 1, "silent": 2}
     assert dict(signal.rejects) == {"refusal": 5, "empty": 2, "restart": 2, "meta": 1}
     assert sum(signal.drops.values()) + used(method, evidence, signal) == len(queries)
     for i in (1, 2, 4, 6):
@@ -252,6 +252,21 @@ def test_l3_a_refusal_leaves_sum_and_count(llama: Policy) -> None:
     pi_bar = geometric_mean(rows[0].logprobs[4:9])
     assert signal.values_BT[0][4].item() == pytest.approx((7 + pi_bar) / 8)
     assert signal.stats["n_eff"] == 7
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("mute", [2, 3])
+def test_l4_replies_that_were_cut_before_they_said_a_token_do_not_make_a_verdict(
+    llama: Policy, name: str, mute: int
+) -> None:
+    """Four valid replies of four, but one that says something is not half of them."""
+    rows = [rollout_of(llama, peaks=[4])]
+    method = method_of(llama, chunks=1, signals=[name])
+    (query,) = method.audit(rows, 1)
+    replies = (*[Reply("", "length")] * mute, *[Reply("xyz and so on", "stop")] * (4 - mute))
+    signal = method.read(rows, [replace(said(query), replies=replies)], 1)
+    assert dict(signal.drops) == ({"silent": 1} if mute == 3 else {})
+    assert used(method, [said(query)], signal) == (mute == 2)
 
 
 @pytest.mark.parametrize("name", SIGNALS)
