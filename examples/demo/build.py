@@ -111,8 +111,7 @@ def teacher_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    for token in tokenizer.get_vocab():  # the byte pieces are ordinary vocabulary, not control tokens
-        assert tokenizer.token_to_id(token) is not None
+    tokenizer = _with_ordinary_bytes(tokenizer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -124,6 +123,13 @@ def teacher_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+
+
+def _with_ordinary_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """Byte pieces are ordinary vocabulary: as special tokens, which training makes them, decoding would drop them."""
+    parts = json.loads(tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if not token["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(parts))
 
 
 def student_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
