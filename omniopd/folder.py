@@ -132,7 +132,7 @@ class RunFolder:
             "teacher_fingerprint": fingerprint,
             "student": {
                 "path": policy.settings.path,
-                "parameters": sum(p.numel() for p in policy.model.parameters()),
+                "parameters": policy.parameters,
                 "trained_parameters": sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
                 "tree_packing": policy.packs_trees,
                 "sliced_head": policy.splits_head,

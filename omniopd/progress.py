@@ -14,9 +14,10 @@ from rich.progress import Progress as RichProgress
 class Bar:
     """One bar. `advance` moves it by a step and shows the newest figures beside it."""
 
-    def __init__(self, progress: Progress, title: str, total: int, done: int) -> None:
-        self.progress, self.title, self.total, self.done = progress, title, total, done
-        self.started, self.first, self.spoken = time.monotonic(), done, 0.0
+    def __init__(self, progress: Progress, title: str, total: int, done: int, brief: bool) -> None:
+        self.progress, self.title, self.total, self.done, self.brief = progress, title, total, done, brief
+        self.started, self.first = time.monotonic(), done
+        self.spoken = self.started if brief else 0.0
 
     def advance(self, note: str = "", by: int = 1) -> None:
         self.done += by
@@ -35,9 +36,9 @@ class Progress:
         self._ids: dict[Bar, int] = {}
 
     @contextmanager
-    def task(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A bar for one stretch of work, gone when it ends. Bars may nest."""
-        bar = Bar(self, title, total, done)
+    def task(self, title: str, total: int, done: int = 0, *, brief: bool = False) -> Iterator[Bar]:
+        """A bar for one stretch of work, gone when it ends. Bars may nest. A brief one makes no lines unless it drags on."""
+        bar = Bar(self, title, total, done, brief)
         outermost = False
         if self.enabled and self.console.is_terminal:
             if self._rich is None:
@@ -78,7 +79,7 @@ class Progress:
 
     def _line(self, bar: Bar, note: str) -> None:
         now = time.monotonic()
-        if now - bar.spoken < self.QUIET_SECONDS and bar.done < bar.total:
+        if now - bar.spoken < self.QUIET_SECONDS and (bar.brief or bar.done < bar.total):
             return
         bar.spoken = now
         pace = (now - bar.started) / max(1, bar.done - bar.first)

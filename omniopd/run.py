@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evals.intervals import paired_difference
 from evals.runner import Evaluation, evaluate
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError, RunError, TeacherError
@@ -24,7 +21,8 @@ from omniopd.progress import Progress
 from omniopd.registry import METHODS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
-from omniopd.types import AnswerQuery, Message, Prompt, Rollout, Teacher, Usage
+from omniopd.summary import Clock, figures, headline, reasons, step_row, summary, used
+from omniopd.types import AnswerQuery, Evidence, Message, Prompt, Query, Teacher, Usage
 from students.checkpoint import save_model
 from students.policy import Policy
 from students.rollouts import Sampler
@@ -43,6 +41,7 @@ class Run:
         self.progress = progress or Progress(enabled=False)
         self.task = TASKS.build(config.task)
         self.heldout: Sequence[Prompt] = self.task.heldout[: config.eval.problems]
+        self._prompt_of = {prompt.id: prompt for prompt in self.task.train}
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.policy = Policy(config.student)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
@@ -56,31 +55,18 @@ class Run:
     async def step(self, step: int, teacher: Teacher) -> tuple[dict[str, Any], list[dict[str, Any]], Usage]:
         """Write, ask, read, learn. Returns the step's row for the log, its audits, and what the teacher used."""
         torch.manual_seed(named_seed(self.config.seed, "update", step))  # dropout, for models that have any
-        clock = _Clock()
+        clock = Clock()
         prompts = self.prompts(step)
         rollouts = self.sampler.sample(prompts, step) if self.method.on_policy else self.sampler.unwritten(prompts)
         clock.lap("seconds_rollout")
         queries = self.method.audit(rollouts, step)
-        evidence = await teacher.gather(queries)
+        evidence = await self._gather(teacher, queries, "asking the teacher")
         clock.lap("seconds_evidence")
         signal = self.method.read(rollouts, evidence, step)
         metrics = self.trainer.update(rollouts, signal)
         clock.lap("seconds_update")
-        usage = sum((e.usage for e in evidence), Usage())
-        row = {
-            "step": step,
-            **metrics,
-            "coverage": signal.coverage,
-            "audited_tokens": sum(int(mask.sum()) for mask in signal.mask_BT),
-            "queries": len(queries),
-            "drops": dict(signal.drops),
-            "rejects": dict(signal.rejects),
-            **signal.stats,
-            **_rollout_stats(rollouts),
-            **_usage_row(usage),
-            **clock.laps,
-        }
-        return row, [{"step": step, **audit} for audit in signal.audits], usage
+        row = step_row(step, rollouts, evidence, signal, metrics) | clock.laps
+        return row, [{"step": step, **audit} for audit in signal.audits], used(evidence)
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of step 1, 2, ...: a fresh shuffle of the data per epoch, the same for every method under one seed."""
@@ -115,7 +101,7 @@ class Run:
             folder.write_manifest(teacher.fingerprint, self.policy)
             if record.before is None and self.heldout:
                 record.before = self.evaluate("before").to_json(samples=20)
-                folder.log({"step": 0, "eval": _figures(record.before)})
+                folder.log({"step": 0, "eval": figures(record.before)})
             if record.step == 0:
                 folder.checkpoint(record, self.policy, self.trainer)
             status = "failed"
@@ -131,12 +117,12 @@ class Run:
                 raise
             finally:
                 if status != "finished":
-                    self._stop(folder, record, teacher, status)
+                    self._stop(folder, record, status)
             with folder.writing():
                 save_model(folder.path / "student", self.policy)
-            summary = self.summary(record, teacher, status, after)
-            folder.write_summary(summary)
-            return summary
+            finished = summary(self.config, record, status, self.policy.parameters, after)
+            folder.write_summary(finished)
+            return finished
 
     async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher) -> None:
         config = self.config.train
@@ -147,16 +133,16 @@ class Run:
                 row, audits, usage = await self.step(record.step + 1, teacher)
                 record.add(row, usage, time.monotonic() - began)
                 if self._measures_at(record.step):
-                    row["eval"] = _figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
+                    row["eval"] = figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
                 folder.log(row)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
-                bar.advance(_headline(row, record))
+                bar.advance(headline(row, record))
                 if record.step % config.save_every == 0 or record.step == config.steps:
                     folder.checkpoint(record, self.policy, self.trainer)
                 silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0
                 if silent >= config.max_silent_steps:
                     raise TeacherError(
-                        f"teacher: {silent} steps in a row gave no signal ({_reasons(record)}); the checkpoint of step "
+                        f"teacher: {silent} steps in a row gave no signal ({reasons(record)}); the checkpoint of step "
                         f"{record.step} is kept in {folder.path}; see `omniopd verify` for what the teacher says"
                     )
 
@@ -164,11 +150,12 @@ class Run:
         every = self.config.eval.every
         return bool(every and self.heldout) and step % every == 0 and step < self.config.train.steps
 
-    def _stop(self, folder: RunFolder, record: Record, teacher: Teacher, status: str) -> None:
-        """Keep what there is: weights are as after the last whole step, whatever happened since."""
+    def _stop(self, folder: RunFolder, record: Record, status: str) -> None:
+        """Keep what there is, if the weights are those after the last whole step; otherwise the last checkpoint counts."""
         try:
-            folder.checkpoint(record, self.policy, self.trainer)
-            folder.write_summary(self.summary(record, teacher, status, None))
+            if self.trainer.whole and self.trainer.updates == record.step:
+                folder.checkpoint(record, self.policy, self.trainer)
+            folder.write_summary(summary(self.config, record, status, self.policy.parameters))
         except RunError:
             self.progress.say("the last checkpoint could not be written; an earlier one is kept")
 
@@ -188,7 +175,7 @@ class Run:
         def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
             return [(rollout.text, rollout.finish == "stop") for rollout in self.sampler.greedy(batch)]
 
-        with self.progress.task(f"accuracy {title}", total=len(prompts)) as bar:
+        with self.progress.task(f"accuracy {title}", total=len(prompts), brief=True) as bar:
             return evaluate(
                 self.task,
                 prompts,
@@ -204,103 +191,25 @@ class Run:
             AnswerQuery(prompt, row, 1, limit, named_seed(seed, "teacher answers", row) % 2**31)
             for row, prompt in enumerate(self.heldout)
         ]
-        with self.progress.task("the teacher's accuracy", total=1):
-            evidence = await teacher.gather(queries)
+        evidence = await self._gather(teacher, queries, "the teacher's accuracy")
         texts = {e.query.prompt.id: e.replies[0] if e.replies else None for e in evidence}
 
         def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
             replies = [texts[prompt.id] for prompt in batch]
             return [(reply.text, reply.finish == "stop") if reply else ("", False) for reply in replies]
 
-        return evaluate(self.task, self.heldout, generate, seed=seed), sum((e.usage for e in evidence), Usage())
+        return evaluate(self.task, self.heldout, generate, seed=seed), used(evidence)
+
+    async def _gather(self, teacher: Teacher, queries: Sequence[Query], title: str) -> list[Evidence]:
+        """The teacher's evidence, with a bar of its own while it is waited for."""
+        with self.progress.task(title, total=len(queries), brief=True) as bar:
+            teacher.on_progress = lambda done: bar.advance(by=done - bar.done)
+            return await teacher.gather(queries)
 
     def _marked(self, audit: Mapping[str, Any]) -> dict[str, Any]:
         """A record of the report with the task's verdict on the rollout."""
-        prompt = next(p for p in self.task.train if p.id == audit["prompt_id"])
+        prompt = self._prompt_of[audit["prompt_id"]]
         return {**audit, "correct": self.task.check(prompt, audit["text"]) if prompt.reference is not None else None}
-
-    def summary(self, record: Record, teacher: Teacher, status: str, after: Evaluation | None) -> dict[str, Any]:
-        """What `summary.json` holds."""
-        config, method = self.config, self.config.method
-        measured: dict[str, Any] = {"before": _figures(record.before) if record.before else None}
-        if after is not None and record.before:
-            measured["after"] = _figures(after.to_json())
-            measured["difference"] = asdict(
-                paired_difference(record.before["correct"], after.correct, seed=config.seed)
-            )
-        if record.teacher:
-            measured["teacher"] = _figures(record.teacher)
-        return {
-            "status": status,
-            "method": method.name,
-            "score": getattr(getattr(method, "score", None), "name", None),
-            "signals": [signal.name for signal in getattr(method, "signals", [])],
-            "seed": config.seed,
-            "steps": record.step,
-            "wall_seconds": round(record.wall_seconds, 2),
-            "eval": measured,
-            "teacher": {"name": getattr(config.teacher, "model", config.teacher.type), **_spent(record.usage)},
-            "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},
-            "drops": dict(record.drops),
-            "rejects": dict(record.rejects),
-            "student": {
-                "path": config.student.path,
-                "parameters": sum(p.numel() for p in self.policy.model.parameters()),
-            },
-        }
-
-
-class _Clock:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = round(now - self._last, 4)
-        self._last = now
-
-
-def _figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: evaluation[key] for key in ("accuracy", "ci95", "n")}
-
-
-def _spent(usage: Usage) -> dict[str, Any]:
-    return {
-        "calls": usage.calls,
-        "cached_calls": usage.cached_calls,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "cost_usd": round(usage.cost_usd, 6),
-    }
-
-
-def _usage_row(usage: Usage) -> dict[str, Any]:
-    return {("cost_usd" if key == "cost_usd" else f"teacher_{key}"): value for key, value in _spent(usage).items()}
-
-
-def _rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    tokens = sum(map(len, rollouts))
-    return {
-        "mean_entropy": sum(sum(r.entropy) for r in rollouts) / tokens if tokens else 0.0,
-        "mean_length": tokens / len(rollouts),
-        "finished_share": sum(r.finish == "stop" for r in rollouts) / len(rollouts),
-    }
-
-
-def _reasons(record: Record) -> str:
-    counts: Counter[str] = record.drops + record.rejects if record.rejects else record.drops
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "no chunk fits the responses"
-
-
-def _headline(row: Mapping[str, Any], record: Record) -> str:
-    usage = record.usage
-    tokens = usage.prompt_tokens + usage.completion_tokens
-    accuracy = f"accuracy {row['eval']['accuracy']:.1%}  " if "eval" in row else ""
-    spent = f"{tokens / 1000:,.0f}k tokens  ${usage.cost_usd:.4f}"
-    return f"{accuracy}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {spent}"
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ A hole in the evidence is a mask and a counted reason, never a zero.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -213,10 +213,16 @@ class Capabilities:
 
 
 class Teacher(Protocol):
-    """Anything that can be asked. `fingerprint` names everything that can change an answer, and holds no secret."""
+    """Anything that can be asked. `fingerprint` names everything that can change an answer, and holds no secret.
+
+    `on_progress` hears how many queries of the present gather are done.
+    """
 
     fingerprint: str
-    capabilities: Capabilities
+    on_progress: Callable[[int], None] | None
+
+    @property
+    def capabilities(self) -> Capabilities: ...
 
     async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
         """Evidence for each query, in order. A query that fails comes back empty with its reason counted.

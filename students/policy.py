@@ -83,6 +83,11 @@ class Policy:
         """The causal LM itself, adapters in place."""
         return self.model.get_base_model() if self.settings.lora else self.model
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has, adapters included."""
+        return sum(p.numel() for p in self.model.parameters())
+
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The frozen initial student: a copy, or the same model with its adapters off."""

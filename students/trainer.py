@@ -139,6 +139,7 @@ class Trainer:
         self.learner, self.optimizer = self.accelerator.prepare(Learner(policy), optimizer)
         self.trained = trained
         self.updates = 0
+        self.whole = True  # False in the middle of a step, when the weights are those of no step
 
     def update(self, rollouts: Sequence[Rollout], signal: Signal) -> dict[str, float]:
         """One optimizer step.
@@ -157,7 +158,9 @@ class Trainer:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * min(1.0, (self.updates + 1) / (self.settings.warmup_steps + 1))
+        self.whole = False
         self.optimizer.step()
+        self.whole = True
         self.updates += 1
         return {**terms, "grad_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
 

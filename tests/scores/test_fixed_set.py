@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from omniopd.registry import SCORES
-from omniopd.scores import as_score
 from omniopd.types import Chunk, Reply
 from omniopd.verification.audit import Score
 from omniopd.verification.text import comparable
@@ -46,7 +45,7 @@ def phis(score: Score) -> dict[str, float]:
 
 def built_in(name: str) -> dict[str, float]:
     component = SCORES.get(name)
-    return phis(as_score(component, component.Config()))
+    return phis(component(component.Config()))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from itertools import accumulate
 import pytest
 
 from omniopd.registry import SCORES
-from omniopd.scores import as_score
 from omniopd.scores.token_agreement import TokenAgreement
 from omniopd.types import Chunk, Finish, Reply
 from omniopd.verification.text import comparable
@@ -42,15 +41,6 @@ def test_share_of_agreed_tokens(closes: bool, text: str, finish: Finish, phi: fl
 def test_nothing_at_risk_scores_zero() -> None:
     assert SCORE([comparable(chunk_of("12"), Reply("", "length"))]) == [0.0]
     assert SCORE([]) == []
-
-
-def test_a_score_may_be_a_class_or_a_plain_function() -> None:
-    def plain(pairs: object) -> list[float]:
-        return [0.5]
-
-    pair = (chunk_of("1"), Reply("1", "stop"))
-    assert as_score(plain, None)([pair]) == [0.5]
-    assert as_score(SCORES.get("token_agreement"), TokenAgreement.Config())([pair]) == [1.0]
 
 
 def test_built_in_scores_are_found_by_name() -> None:

@@ -1,0 +1,108 @@
+"""What is said of a step and of a run: rows of the log, the progress line, `summary.json`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from evals.intervals import paired_difference
+from evals.runner import Evaluation
+from omniopd.config import RunConfig
+from omniopd.folder import Record
+from omniopd.types import Evidence, Rollout, Signal, Usage
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 4)
+        self._last = now
+
+
+def step_row(
+    step: int, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], signal: Signal, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """A step's row of `metrics.jsonl`, but for the times. `queries` = `chunks` + the sum of `drops`, always."""
+    tokens = sum(map(len, rollouts))
+    spent = usage_json(used(evidence))
+    return {
+        "step": step,
+        **metrics,
+        "coverage": signal.coverage,
+        "audited_tokens": sum(int(mask.sum()) for mask in signal.mask_BT),
+        "queries": len(evidence),
+        "drops": dict(signal.drops),
+        "rejects": dict(signal.rejects),
+        **signal.stats,
+        "mean_entropy": sum(sum(rollout.entropy) for rollout in rollouts) / tokens if tokens else None,
+        "mean_length": tokens / len(rollouts),
+        "finished_share": sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts),
+        "cost_usd": spent.pop("cost_usd"),
+        **{f"teacher_{name}": amount for name, amount in spent.items()},
+    }
+
+
+def used(evidence: Sequence[Evidence]) -> Usage:
+    """What a gather used in all."""
+    return sum((found.usage for found in evidence), Usage())
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Usage as plain data, money to a millionth of a dollar."""
+    return {**asdict(usage), "cost_usd": round(usage.cost_usd, 6)}
+
+
+def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an evaluation without its samples."""
+    return {key: evaluation[key] for key in ("accuracy", "ci95", "n")}
+
+
+def headline(row: Mapping[str, Any], record: Record) -> str:
+    """What stands beside the progress bar."""
+    tokens = record.usage.prompt_tokens + record.usage.completion_tokens
+    accuracy = f"accuracy {row['eval']['accuracy']:.1%}  " if "eval" in row else ""
+    spent = f"{tokens / 1000:,.0f}k tokens  ${record.usage.cost_usd:.4f}"
+    return f"{accuracy}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {spent}"
+
+
+def reasons(record: Record) -> str:
+    """Why there was no signal, commonest first."""
+    counts: Counter[str] = record.drops + record.rejects
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "no chunk fits the responses"
+
+
+def summary(
+    config: RunConfig, record: Record, status: str, parameters: int, after: Evaluation | None = None
+) -> dict[str, Any]:
+    """What `summary.json` holds. A run that stopped early has no accuracy after."""
+    method = config.method
+    measured: dict[str, Any] = {"before": figures(record.before) if record.before else None}
+    if after is not None and record.before:
+        difference = paired_difference(record.before["correct"], after.correct, seed=config.seed)
+        measured |= {"after": figures(after.to_json()), "difference": asdict(difference)}
+    if record.teacher:
+        measured["teacher"] = figures(record.teacher)
+    return {
+        "status": status,
+        "method": method.name,
+        "score": getattr(getattr(method, "score", None), "name", None),
+        "signals": [signal.name for signal in getattr(method, "signals", [])],
+        "seed": config.seed,
+        "steps": record.step,
+        "wall_seconds": round(record.wall_seconds, 2),
+        "eval": measured,
+        "teacher": {"name": getattr(config.teacher, "model", config.teacher.type), **usage_json(record.usage)},
+        "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},
+        "drops": dict(record.drops),
+        "rejects": dict(record.rejects),
+        "student": {"path": config.student.path, "parameters": parameters},
+    }
