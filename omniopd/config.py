@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -24,6 +24,9 @@ class TrainSettings(OptimizerSettings):
     save_every: int = Field(default=25, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1)
     keep_audits: int = Field(default=2, ge=0, description="rollouts per step whose audits are kept for the report")
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        default=[], description="trackers that get every step's numbers too"
+    )
     max_silent_steps: int = Field(default=3, ge=1, description="stop after so many steps in a row without any signal")
 
 

@@ -21,7 +21,7 @@ from omniopd.progress import Progress
 from omniopd.registry import METHODS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
-from omniopd.summary import Clock, figures, headline, reasons, step_row, summary, used
+from omniopd.summary import Clock, figures, flat, headline, reasons, step_row, summary, used
 from omniopd.types import AnswerQuery, Evidence, Message, Prompt, Query, Teacher, Usage
 from students.checkpoint import save_model
 from students.policy import Policy
@@ -46,7 +46,7 @@ class Run:
         self.policy = Policy(config.student)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
         self.sampler = Sampler(self.policy, config.seed)
-        self.trainer = Trainer(self.policy, config.train, self.method.objective)
+        self.trainer = Trainer(self.policy, config.train, self.method.objective, config.train.track, config.output)
         for prompt in [*self.task.train, *self.heldout]:
             self.policy.prompt_ids(prompt)  # one that does not fit is found now, not after an hour
 
@@ -120,6 +120,7 @@ class Run:
                     self._stop(folder, record, status)
             with folder.writing():
                 save_model(folder.path / "student", self.policy)
+            self.trainer.accelerator.end_training()
             finished = summary(self.config, record, status, self.policy.parameters, after)
             folder.write_summary(finished)
             return finished
@@ -127,6 +128,7 @@ class Run:
     async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher) -> None:
         config = self.config.train
         silent = 0
+        self.trainer.accelerator.init_trackers("omniopd")
         with self.progress.task("distilling", total=config.steps, done=record.step) as bar:
             while record.step < config.steps:
                 began = time.monotonic()
@@ -135,6 +137,7 @@ class Run:
                 if self._measures_at(record.step):
                     row["eval"] = figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
                 folder.log(row)
+                self.trainer.accelerator.log(flat(row), step=record.step)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
                 bar.advance(headline(row, record))
                 if record.step % config.save_every == 0 or record.step == config.steps:

@@ -51,6 +51,17 @@ def step_row(
     }
 
 
+def flat(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers for a tracker, nested ones as `drops/empty`."""
+    numbers: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            numbers |= {f"{name}/{inner}": number for inner, number in flat(value).items()}
+        elif isinstance(value, (int, float)):
+            numbers[name] = value
+    return numbers
+
+
 def used(evidence: Sequence[Evidence]) -> Usage:
     """What a gather used in all."""
     return sum((found.usage for found in evidence), Usage())

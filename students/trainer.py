@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from pydantic import Field
 from torch import Tensor, nn
 
-from omniopd.errors import NonFiniteLoss
+from omniopd.errors import ConfigError, NonFiniteLoss
 from omniopd.losses import chunked_logp_and_kl, reduction_scales
 from omniopd.objective import Objective
 from omniopd.settings import Settings
@@ -125,12 +127,27 @@ def _gather(hidden: Tensor, at: list[tuple[int, int]]) -> Tensor:
     return hidden[list(rows), list(columns)]
 
 
+def _installed(trackers: Sequence[str]) -> list[str]:
+    """The trackers, all of them installed: accelerate would leave out the others without a word."""
+    have = {str(tracker) for tracker in get_available_trackers()}
+    if absent := [tracker for tracker in trackers if tracker not in have]:
+        raise ConfigError(f"train.track: '{absent[0]}' is not installed; pip install {absent[0]}, or leave it out")
+    return list(trackers)
+
+
 class Trainer:
     """Optimizer and update. State that a resumed run needs is in `state_dict`."""
 
-    def __init__(self, policy: Policy, settings: OptimizerSettings, objective: Objective) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        settings: OptimizerSettings,
+        objective: Objective,
+        trackers: Sequence[str] = (),
+        log_dir: Path | None = None,
+    ) -> None:
         self.policy, self.settings, self.objective = policy, settings, objective
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(log_with=_installed(trackers) or None, project_dir=log_dir)
         policy.to(self.accelerator.device)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -117,6 +117,26 @@ def test_same_seed_and_same_answers_give_the_same_weights(settings: dict[str, An
     assert all(states[0][key].equal(states[1][key]) for key in states[0])
 
 
+def test_trackers_get_every_steps_numbers(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    logged: dict[int, dict[str, float]] = {}
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    distill(load_config(settings))
+    assert sorted(logged) == [1, 2, 3, 4]
+    assert all(isinstance(number, (int, float)) for number in logged[1].values())
+    assert logged[1]["teacher_calls"] > 0
+
+
+def test_a_tracker_that_is_not_installed_is_named(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    if "wandb" in map(str, get_available_trackers()):
+        pytest.skip("wandb is installed here")
+    assert main(["train", config, "train.track=[wandb]"]) == 2
+    assert "train.track: 'wandb' is not installed" in capsys.readouterr().err
+
+
 def test_another_seed_gives_other_rollouts(settings: dict[str, Any]) -> None:
     texts = []
     for seed in (0, 1):
