@@ -45,6 +45,14 @@ class Method:
         """Evidence as numbers on tokens. Pure: the same rollouts and evidence give the same signal."""
         raise NotImplementedError
 
+    def cautions(self) -> list[str]:
+        """Settings that are allowed but known to end badly, a sentence each."""
+        if self.on_policy and self.objective.anchor.beta == 0:
+            return [
+                "method.anchor.beta=0: nothing holds what the teacher does not speak about; published runs collapsed"
+            ]
+        return []
+
 
 def missing(needs: frozenset[str], offered: Capabilities) -> list[str]:
     """What a method needs and a teacher does not offer."""

@@ -113,9 +113,4 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
     if config.eval.teacher:
         limit = len(run.heldout) * config.eval.teacher_tokens
         rows.insert(9, ("eval.teacher", f"{len(run.heldout)} more calls, up to {limit:,} tokens out"))
-    chunk = getattr(method, "chunk_tokens", None)
-    if chunk is not None and chunk < 40:
-        rows.append(
-            ("note", f"method.chunk_tokens={chunk}: the paper saw a collapse at 25 against 50; fine for short answers")
-        )
-    return rows
+    return rows + [("caution", caution) for caution in run.method.cautions()]

@@ -91,6 +91,8 @@ class Run:
         return asyncio.run(self._train(resume))
 
     async def _train(self, resume: bool) -> dict[str, Any]:
+        for caution in self.method.cautions():
+            self.progress.say(f"caution: {caution}")
         folder = RunFolder(self.config, resume=resume)
         with folder.writing():
             self.config.store_path.parent.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,11 @@ class OmniOPD(Method):
             starts = select_starts(rollout.entropy[lead:], count, length)
         return [start + lead for start in starts]
 
+    def cautions(self) -> list[str]:
+        short = self.config.chunk_tokens < 40
+        note = f"method.chunk_tokens={self.config.chunk_tokens}: a published run collapsed at 25; fine for short answers only"
+        return [*super().cautions(), *([note] if short else [])]
+
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Compare, score and place: values on audited tokens, branches from what the teacher wrote."""
         answered = [e for e in evidence if isinstance(e, Continuations)]

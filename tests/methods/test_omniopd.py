@@ -419,3 +419,10 @@ def test_l16_duplicates_are_counted_for_the_log(llama: Policy) -> None:
     method = method_of(llama)
     signal = method.read(rows, [said(q, "a", "a", "a", "b") for q in method.audit(rows, 1)], 1)
     assert signal.stats["duplicate_rate"] == 0.5
+
+
+def test_l17_short_chunks_and_l6_a_missing_anchor_are_cautioned_against(student: Policy) -> None:
+    assert method_of(student, chunk_tokens=40).cautions() == []
+    assert "chunk_tokens=39" in method_of(student, chunk_tokens=39).cautions()[0]
+    bare = method_of(student, chunk_tokens=40, anchor={"beta": 0, "allow_none": True})
+    assert "anchor.beta=0" in bare.cautions()[0]
