@@ -69,7 +69,7 @@ def memory_gb(run: Run) -> dict[str, float]:
     activations = student.micro_batch_tokens * config.hidden_size * config.num_hidden_layers * per_layer * width
     parts = {
         "student weights": weights * width,
-        "frozen reference": 0 if student.lora else weights * width,
+        "frozen reference": 0 if student.lora or run.config.method.anchor.beta == 0 else weights * width,
         "gradients and AdamW": trained * 3 * width,
         "activations of a micro-batch": activations,
         "logits of a slice": 4 * student.slice_tokens * config.vocab_size * 4,
@@ -113,4 +113,4 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
     if config.eval.teacher:
         limit = len(run.heldout) * config.eval.teacher_tokens
         rows.insert(9, ("eval.teacher", f"{len(run.heldout)} more calls, up to {limit:,} tokens out"))
-    return rows + [("caution", caution) for caution in run.method.cautions()]
+    return rows + [("caution", caution) for caution in run.cautions()]

@@ -43,12 +43,16 @@ class Run:
         self.heldout: Sequence[Prompt] = self.task.heldout[: config.eval.problems]
         self._prompt_of = {prompt.id: prompt for prompt in self.task.train}
         torch.manual_seed(config.seed)  # LoRA's initial weights
-        self.policy = Policy(config.student)
+        self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
         self.sampler = Sampler(self.policy, config.seed)
         self.trainer = Trainer(self.policy, config.train, self.method.objective, config.train.track, config.output)
         for prompt in [*self.task.train, *self.heldout]:
             self.policy.prompt_ids(prompt)  # one that does not fit is found now, not after an hour
+
+    def cautions(self) -> list[str]:
+        """What is allowed but known to end badly, a sentence each."""
+        return [*self.method.cautions(), *self.policy.cautions()]
 
     # ------------------------------------------------------------------ one step
 
@@ -91,7 +95,7 @@ class Run:
         return asyncio.run(self._train(resume))
 
     async def _train(self, resume: bool) -> dict[str, Any]:
-        for caution in self.method.cautions():
+        for caution in self.cautions():
             self.progress.say(f"caution: {caution}")
         folder = RunFolder(self.config, resume=resume)
         with folder.writing():

@@ -51,13 +51,13 @@ class StudentSettings(Settings):
 
 
 class Policy:
-    """A causal LM with its tokenizer and frozen initial weights.
+    """A causal LM with its tokenizer and, if it is `anchored`, its frozen initial weights.
 
     Raises:
         StudentError: the path is no causal language model, or its tokenizer can't do what is needed.
     """
 
-    def __init__(self, settings: StudentSettings) -> None:
+    def __init__(self, settings: StudentSettings, *, anchored: bool = True) -> None:
         self.settings = settings
         self.tokenizer = _load_tokenizer(settings.path)
         model = _load_model(settings)
@@ -69,7 +69,7 @@ class Policy:
         self._reference: Any = None
         if settings.lora:
             model = _with_lora(model, settings.lora)
-        else:
+        elif anchored:
             self._reference = copy.deepcopy(model).requires_grad_(False).eval()
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,11 +91,18 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The frozen initial student: a copy, or the same model with its adapters off."""
-        if self._reference is not None:
-            yield self._reference
-        else:
+        if self.settings.lora:
             with self.model.disable_adapter():
                 yield self.causal_lm
+        else:
+            assert self._reference is not None, "only an anchored policy has a reference"
+            yield self._reference
+
+    def cautions(self) -> list[str]:
+        """Settings that are allowed but known to end badly, a sentence each."""
+        if self.settings.dtype == "bfloat16" and not self.settings.lora:
+            return ["student.dtype=bfloat16 without student.lora: small updates are lost in its 8 bits; prefer float32"]
+        return []
 
     @contextmanager
     def learning(self) -> Iterator[None]:
