@@ -20,6 +20,7 @@ from omniopd.settings import tagged
 from omniopd.types import AnswerQuery, Answers, Continuations, ContinueQuery, Evidence, Reply, Rollout, Signal
 from omniopd.verification.weights import geometric_mean, smoothed
 from students.policy import Policy
+from students.trainer import OptimizerSettings, Trainer
 
 TEXT = (
     "The answer is 12 + 7 = 19, so Tom has 19 apples.\nFirst, we add 東京 and 😀 the two numbers. Then return x  # done"
@@ -426,3 +427,15 @@ def test_l17_short_chunks_and_l6_a_missing_anchor_are_cautioned_against(student:
     assert "chunk_tokens=39" in method_of(student, chunk_tokens=39).cautions()[0]
     bare = method_of(student, chunk_tokens=40, anchor={"beta": 0, "allow_none": True})
     assert "anchor.beta=0" in bare.cautions()[0]
+
+
+def test_neutral_no_chunks_and_no_anchor_ask_nothing_and_learn_nothing(student: Policy) -> None:
+    method = method_of(student, anchor={"beta": 0, "allow_none": True})
+    method.config = method.config.model_copy(update={"chunks": 0})
+    rows = [rollout_of(student), rollout_of(student, name="q")]
+    assert method.audit(rows, 1) == []
+    signal = method.read(rows, [], 1)
+    trainer = Trainer(student, OptimizerSettings(), method.objective)
+    terms = trainer.accumulate(rows, signal)
+    assert terms["loss"] == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.trained)
