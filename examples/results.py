@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def run(job: dict[str, Any], url: str, student_url: str) -> dict[str, Any]:
     overrides += [f"seed={job['seed']}", f"output={output}", "eval.teacher=false"]
     overrides += ["eval.every=0", "train.save_every=1000"]
     if not (output / "summary.json").exists():
+        shutil.rmtree(output, ignore_errors=True)  # an earlier call was stopped in the middle of it
         command = [sys.executable, "-m", "omniopd.cli", "train", "examples/quickstart.yaml", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
