@@ -179,7 +179,15 @@ def main() -> None:
         list(pool.map(work, [job for job in everything if job["variant"] != "seqkd"]))
         list(pool.map(work, [job for job in everything if job["variant"] == "seqkd"]))  # their budget is known now
     (DOCS / "signals.json").write_text(json.dumps(sorted(rows, key=str), indent=1) + "\n")
-    print(table(rows))
+    write_table(table(rows))
+
+
+def write_table(text: str) -> None:
+    """Put the table between its marks in the page that reads it."""
+    page = DOCS / "signals.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    after = rest.partition("<!-- /table -->")[2]
+    page.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
