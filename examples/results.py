@@ -93,6 +93,12 @@ def folder(variant: str, teacher: str, seed: int) -> Path:
     return RUNS / f"{teacher}-{slug}-{seed}"
 
 
+def finished(output: Path) -> bool:
+    """Whether a folder holds a run that came to its end."""
+    path = output / "summary.json"
+    return path.exists() and json.loads(path.read_text())["status"] == "finished"
+
+
 def run(job: dict[str, Any], url: str, student_url: str) -> dict[str, Any]:
     """One run, unless it is there already; returns its row."""
     output = folder(job["variant"], job["teacher"], job["seed"])
@@ -106,7 +112,7 @@ def run(job: dict[str, Any], url: str, student_url: str) -> dict[str, Any]:
     ]
     overrides += [f"seed={job['seed']}", f"output={output}", "eval.teacher=false"]
     overrides += ["eval.every=0", "train.save_every=1000"]
-    if not (output / "summary.json").exists():
+    if not finished(output):
         shutil.rmtree(output, ignore_errors=True)  # an earlier call was stopped in the middle of it
         command = [sys.executable, "-m", "omniopd.cli", "train", "examples/quickstart.yaml", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
