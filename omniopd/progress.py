@@ -75,7 +75,9 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.enabled:
-            (self._rich.console if self._rich else self.console).print(text, highlight=False, markup=False)
+            (self._rich.console if self._rich else self.console).print(
+                text, highlight=False, markup=False, soft_wrap=True
+            )
 
     def _line(self, bar: Bar, note: str) -> None:
         now = time.monotonic()

@@ -14,7 +14,7 @@ import torch
 
 from evals.runner import Evaluation, evaluate
 from omniopd.config import RunConfig
-from omniopd.errors import ConfigError, RunError, TeacherError
+from omniopd.errors import ConfigError, OmniError, RunError, TeacherError
 from omniopd.folder import Record, RunFolder
 from omniopd.method import Method, missing
 from omniopd.progress import Progress
@@ -150,10 +150,7 @@ class Run:
                     folder.checkpoint(record, self.policy, self.trainer)
                 silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0
                 if silent >= config.max_silent_steps:
-                    raise TeacherError(
-                        f"teacher: {silent} steps in a row gave no signal ({reasons(record)}); the checkpoint of step "
-                        f"{record.step} is kept in {folder.path}; see `omniopd verify` for what the teacher says"
-                    )
+                    raise _silence(silent, record, folder)
 
     def _measures_at(self, step: int) -> bool:
         every = self.config.eval.every
@@ -219,6 +216,16 @@ class Run:
         """A record of the report with the task's verdict on the rollout."""
         prompt = self._prompt_of[audit["prompt_id"]]
         return {**audit, "correct": self.task.check(prompt, audit["text"]) if prompt.reference is not None else None}
+
+
+def _silence(steps: int, record: Record, folder: RunFolder) -> OmniError:
+    """Why a run that learns nothing stops."""
+    kept = f"the checkpoint of step {record.step} is kept in {folder.path}"
+    if not record.drops and not record.rejects:
+        return ConfigError(
+            f"method: {steps} steps in a row had no response that a chunk fits into; lower its size; {kept}"
+        )
+    return TeacherError(f"teacher: {steps} steps in a row gave no signal ({reasons(record)}); {kept}")
 
 
 @asynccontextmanager

@@ -88,7 +88,7 @@ def headline(row: Mapping[str, Any], record: Record) -> str:
 def reasons(record: Record) -> str:
     """Why there was no signal, commonest first."""
     counts: Counter[str] = record.drops + record.rejects
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "no chunk fits the responses"
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
 
 
 def summary(

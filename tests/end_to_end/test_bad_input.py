@@ -146,6 +146,11 @@ def test_a_teacher_that_answers_nothing_stops_the_run_and_keeps_a_checkpoint(
     assert summary["rejects"]["empty"] == 3 * summary["drops"]["empty"]
 
 
+def test_chunks_that_fit_into_no_response_stop_the_run(fails: Fails, teacher: ScriptedTeacher) -> None:
+    assert "no response that a chunk fits into" in fails("method.chunk_tokens=48", "train.steps=20")
+    assert not teacher.bodies
+
+
 def test_the_folder_of_another_run(fails: Fails, settings: dict[str, Any], tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()
