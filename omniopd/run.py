@@ -134,6 +134,7 @@ class Run:
     async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher) -> None:
         config = self.config.train
         silent = 0
+        accuracy = record.before["accuracy"] if record.before else None
         self.trainer.accelerator.init_trackers("omniopd")
         with self.progress.task("distilling", total=config.steps, done=record.step) as bar:
             while record.step < config.steps:
@@ -142,10 +143,11 @@ class Run:
                 record.add(row, usage, time.monotonic() - began)
                 if self._measures_at(record.step):
                     row["eval"] = figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
+                    accuracy = row["eval"]["accuracy"]
                 folder.log(row)
                 self.trainer.accelerator.log(flat(row), step=record.step)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
-                bar.advance(headline(row, record))
+                bar.advance(headline(row, record, accuracy))
                 if record.step % config.save_every == 0 or record.step == config.steps:
                     folder.checkpoint(record, self.policy, self.trainer)
                 silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0

@@ -77,12 +77,12 @@ def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {key: evaluation[key] for key in ("accuracy", "ci95", "n")}
 
 
-def headline(row: Mapping[str, Any], record: Record) -> str:
-    """What stands beside the progress bar."""
+def headline(row: Mapping[str, Any], record: Record, accuracy: float | None) -> str:
+    """What stands beside the progress bar; `accuracy` is the last that was measured."""
     tokens = record.usage.prompt_tokens + record.usage.completion_tokens
-    accuracy = f"accuracy {row['eval']['accuracy']:.1%}  " if "eval" in row else ""
+    measured = "" if accuracy is None else f"accuracy {accuracy:.1%}  "
     spent = f"{tokens / 1000:,.0f}k tokens  ${record.usage.cost_usd:.4f}"
-    return f"{accuracy}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {spent}"
+    return f"{measured}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {spent}"
 
 
 def reasons(record: Record) -> str:
