@@ -184,12 +184,15 @@ class Store:
         return f"{uri}?mode=rw" if writable else f"{uri}?immutable=1"
 
     def _prepare(self) -> None:
+        self._db.execute("BEGIN")  # the three belong together: another process may be making this file right now
         (kind,) = self._db.execute("PRAGMA application_id").fetchone()
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        self._db.execute("COMMIT")
         if kind == APPLICATION_ID:
             if version != VERSION:
                 raise StoreError(f"{self.path}: a store of format {version}, this program reads {VERSION}; use another")
-        elif self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() != (0,):
+        elif tables:
             raise StoreError(f"{self.path}: not a store of answers but another program's database; use another path")
         self._enter_wal()
         self._db.execute("PRAGMA synchronous = NORMAL")

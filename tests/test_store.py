@@ -79,6 +79,7 @@ def test_several_processes_share_a_new_file(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from omniopd.store import Draw, Store\n"
+        "for i in range(20): Store(f'{sys.argv[1]}-{i}').close()\n"  # each of them a race for who makes the file
         "store = Store(sys.argv[1])\n"
         "for i in range(20): store.put_many({f'{sys.argv[2]}-{i}': Draw('x', 'stop', 'prefill')})\n"
     )
