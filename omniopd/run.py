@@ -23,7 +23,7 @@ from omniopd.sampling import named_seed
 from omniopd.store import Store
 from omniopd.summary import Clock, figures, flat, headline, reasons, step_row, summary, used
 from omniopd.types import AnswerQuery, Evidence, Message, Prompt, Query, Teacher, Usage
-from students.checkpoint import save_model
+from students.checkpoint import save_student
 from students.policy import Policy
 from students.rollouts import Sampler
 from students.trainer import Trainer
@@ -125,7 +125,7 @@ class Run:
                 if status != "finished":
                     self._stop(folder, record, status)
             with folder.writing():
-                save_model(folder.path / "student", self.policy)
+                save_student(folder.path / "student", self.policy)
             self.trainer.accelerator.end_training()
             finished = summary(self.config, record, status, self.policy.parameters, after)
             folder.write_summary(finished)

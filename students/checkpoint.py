@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -49,6 +50,13 @@ def save_model(folder: Path, policy: Policy) -> None:
     """Weights and tokenizer in Hugging Face format; under LoRA the adapter, loadable by peft and vLLM."""
     folder.mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_student(folder: Path, policy: Policy) -> None:
+    """The finished student as a model of its own, for transformers and vLLM as they are: adapters merged in."""
+    model = copy.deepcopy(policy.model).merge_and_unload() if policy.settings.lora else policy.model
+    model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
 

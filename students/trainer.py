@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from omniopd.errors import ConfigError, NonFiniteLoss
-from omniopd.losses import chunked_logp_and_kl, reduction_scales
+from omniopd.losses import chunked_logp_and_kl, reduction_scales, token_nll
 from omniopd.objective import Objective
 from omniopd.settings import Settings
 from omniopd.types import Rollout, Signal
@@ -194,8 +194,8 @@ class Trainer:
             own = [n for row in batch for _, _, n in row.own_sites]
             teachers = [n for row in batch for _, _, n in row.branch_sites]
             terms = [
-                -(scaled.value_R[own].to(logp.device) * logp).sum(),
-                -(scaled.branch_Q[teachers].to(logp.device) * branch_logp).sum(),
+                token_nll(logp, scaled.value_R[own].to(logp.device)),
+                token_nll(branch_logp, scaled.branch_Q[teachers].to(logp.device)),
             ]
             if kl is not None:
                 terms.append((scaled.anchor_R[own].to(kl.device) * kl).sum())

@@ -75,6 +75,18 @@ def test_the_trained_student_loads_with_transformers_and_can_be_evaluated(
     assert "95 % interval" in capsys.readouterr().out
 
 
+def test_a_student_trained_with_lora_is_a_model_of_its_own(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", config, "student.lora.rank=2", "train.steps=2"]) == 0
+    student = tmp_path / "run" / "student"
+    assert not (student / "adapter_config.json").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", config, "--model", str(student)]) == 0
+    assert f"accuracy {summary['eval']['after']['accuracy']:.1%}" in capsys.readouterr().out
+
+
 def test_verify_audits_a_given_answer(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     question = "Ann has 12 apples. Ann buys 7 more. How many apples does Ann have now?"
     arguments = ["verify", config, "--prompt", question, "--answer", "12+7=18. #### 18"]
