@@ -1,4 +1,4 @@
-"""One exception tree. The command line prints any of these as one line and exits with code 2, without a traceback."""
+"""One exception tree. The command line prints any of these as one line and exits with its code, without a traceback."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ class RunError(OmniError, RuntimeError):
 
 class NonFiniteLoss(RunError, ArithmeticError):
     """The loss or its gradient is NaN or infinite; the step was not applied."""
+
+
+class BudgetSpent(RunError):
+    """The money that the run may spend is spent; raising `budget_usd` and resuming goes on where it stopped."""
+
+    exit_code = 3

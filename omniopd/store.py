@@ -17,9 +17,9 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,19 @@ from omniopd.errors import StoreError
 if TYPE_CHECKING:  # the shared types import torch, which a process that only looks into a store can do without
     from omniopd.types import Finish
 
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = 0x4F4D4E49  # "OMNI": tells our file from another program's SQLite file
 NEVER_STORED = frozenset({"refusal", "filtered", "error"})
 _SLICE = 500  # keys per SELECT, below SQLite's oldest limit on parameters
 
 _SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS draws (key TEXT PRIMARY KEY, rejected TEXT, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS draws (key TEXT PRIMARY KEY, rejected TEXT, value TEXT NOT NULL, "
+    "teacher TEXT NOT NULL DEFAULT '') WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS holes (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS teachers (fingerprint TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS probes (fingerprint TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, run TEXT NOT NULL, cost_usd REAL NOT NULL, value TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS calls_of_run ON calls (run)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
@@ -57,16 +61,48 @@ class Draw:
     completion_tokens: int = 0
     time: float = 0.0
     rejected: str | None = None
+    tokens: list[Any] = field(
+        default_factory=list
+    )  # [text, log-prob, [[text, log-prob], ...]] of each token, where they were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """One call to a teacher as the ledger keeps it. `run` is the run's name, `reason` why a dropped call brought nothing.
+
+    `estimated` marks tokens that the provider did not tell and that were counted from the text's length.
+    """
+
+    run: str
+    teacher: str
+    purpose: str  # continue, answer or probe
+    model: str
+    draws: int
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    cost_usd: float
+    price: str
+    time: float
+    request_id: str = ""
+    reason: str | None = None
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """How many rows a store holds: answers, rejected replies by reason, holes by reason, teachers."""
+    """What a store holds: answers, rejected replies by reason, holes by reason, teachers, draws of each, calls, USD."""
 
     answers: int
     rejected: Mapping[str, int]
     holes: Mapping[str, int]
     teachers: int
+    by_teacher: Mapping[str, int]
+    calls: int
+    cost_usd: float
 
 
 class Store:
@@ -81,6 +117,7 @@ class Store:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._busy_s = busy_s
+        self._frozen = False
         if not create and not self.path.is_file():
             raise StoreError(f"{self.path}: no such file; name the store that the recorded run wrote")
         with self._guard():
@@ -104,35 +141,48 @@ class Store:
         with self._guard():
             return {key: Draw(**json.loads(value)) for key, value in rows}
 
-    def put_many(self, rows: Mapping[str, Draw]) -> dict[str, Draw]:
-        """Keep draws; committed when this returns. Returns what the store now holds under these keys.
+    def keep(
+        self,
+        draws: Mapping[str, Draw],
+        holes: Mapping[str, str] | None = None,
+        booking: Booking | None = None,
+        teacher: str = "",
+    ) -> dict[str, Draw]:
+        """Keep what one call brought, all or nothing; committed when this returns.
 
         The first writer wins: where another process was faster, its draw comes back, and both go on with the same one.
 
+        Args:
+            draws: answers and rejected replies by key.
+            holes: reasons by key, noted for a replay: these draws were asked for and brought no answer.
+            booking: what the call cost.
+            teacher: the fingerprint of the teacher whose draws these are.
+
+        Returns:
+            What the store now holds under the keys of `draws`.
+
         Raises:
             StoreError: the file can't be written.
         """
-        assert not any(draw.rejected in NEVER_STORED for draw in rows.values()), "a hole is no draw"
-        if not rows:
+        assert not any(draw.rejected in NEVER_STORED for draw in draws.values()), "a hole is no draw"
+        values = [(key, draw.rejected, json.dumps(asdict(draw)), teacher) for key, draw in draws.items()]
+        if not (values or holes or booking):
             return {}
-        values = [(key, draw.rejected, json.dumps(asdict(draw))) for key, draw in rows.items()]
         with self._transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO draws VALUES (?, ?, ?)", values)
-            db.executemany("DELETE FROM holes WHERE key = ?", [(key,) for key in rows])
-        return self.get_many(rows)
-
-    def put_holes(self, reasons: Mapping[str, str]) -> None:
-        """Note for a replay that these draws were asked for and brought no answer, and why.
-
-        Raises:
-            StoreError: the file can't be written.
-        """
-        if reasons:
-            with self._transaction() as db:
-                db.executemany("INSERT OR REPLACE INTO holes VALUES (?, ?)", list(reasons.items()))
+            if values:
+                db.executemany(
+                    "INSERT OR IGNORE INTO draws (key, rejected, value, teacher) VALUES (?, ?, ?, ?)", values
+                )
+                db.executemany("DELETE FROM holes WHERE key = ?", [(key,) for key in draws])
+            if holes:
+                db.executemany("INSERT OR REPLACE INTO holes VALUES (?, ?)", list(holes.items()))
+            if booking:
+                row = (booking.run, booking.cost_usd, json.dumps(asdict(booking)))
+                db.execute("INSERT INTO calls (run, cost_usd, value) VALUES (?, ?, ?)", row)
+        return self.get_many(draws)
 
     def get_holes(self, keys: Iterable[str]) -> dict[str, str]:
-        """The reasons noted by `put_holes`. For a replay only: a live run asks again.
+        """The reasons noted by `keep`. For a replay only: a live run asks again.
 
         Raises:
             StoreError: the file can't be read.
@@ -154,9 +204,80 @@ class Store:
         Raises:
             StoreError: the file can't be read.
         """
+        rows = self._read("SELECT fingerprint, value FROM teachers ORDER BY fingerprint")
+        return {fingerprint: json.loads(value) for fingerprint, value in rows}
+
+    def put_probe(self, fingerprint: str, record: Mapping[str, Any]) -> None:
+        """Keep (or renew) what a probe of a teacher found.
+
+        Raises:
+            StoreError: the file can't be written.
+        """
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO probes VALUES (?, ?)", (fingerprint, json.dumps(record)))
+
+    def probe(self, fingerprint: str) -> dict[str, Any] | None:
+        """What the last probe of a teacher found; None if it was never probed.
+
+        Raises:
+            StoreError: the file can't be read.
+        """
+        rows = self._read("SELECT value FROM probes WHERE fingerprint = ?", (fingerprint,))
+        return json.loads(rows[0][0]) if rows else None
+
+    def spent(self, run: str) -> float:
+        """USD that a run's calls have cost.
+
+        Raises:
+            StoreError: the file can't be read.
+        """
+        return float(self._read("SELECT COALESCE(SUM(cost_usd), 0) FROM calls WHERE run = ?", (run,))[0][0])
+
+    def calls(self, run: str | None = None) -> Iterator[dict[str, Any]]:
+        """The bookings of one run, or of all, oldest first.
+
+        Raises:
+            StoreError: the file can't be read.
+        """
+        where, which = ("", ()) if run is None else (" WHERE run = ?", (run,))
+        for (value,) in self._read(f"SELECT value FROM calls{where} ORDER BY id", which):
+            yield json.loads(value)
+
+    def draws(self) -> Iterator[dict[str, Any]]:
+        """Every kept draw with its key and its teacher, in the order of the keys.
+
+        Raises:
+            StoreError: the file can't be read.
+        """
+        for key, teacher, value in self._read("SELECT key, teacher, value FROM draws ORDER BY key"):
+            yield {"key": key, "teacher": teacher, **json.loads(value)}
+
+    def prune(
+        self, *, teacher: str | None = None, before: float | None = None, rejected: bool = False, dry_run: bool = False
+    ) -> int:
+        """Delete draws that meet all conditions given: of a teacher, older than `before` (epoch seconds), rejected ones.
+
+        Returns:
+            How many were (with `dry_run`: would be) deleted. What calls cost stays on the books.
+
+        Raises:
+            StoreError: the file can't be written.
+        """
+        conditions, values = ["1"], list[Any]()
+        if teacher is not None:
+            conditions, values = [*conditions, "teacher = ?"], [*values, teacher]
+        if before is not None:
+            conditions, values = [*conditions, "json_extract(value, '$.time') < ?"], [*values, before]
+        if rejected:
+            conditions.append("rejected IS NOT NULL")
+        where = " AND ".join(conditions)
+        if dry_run:
+            return int(self._read(f"SELECT COUNT(*) FROM draws WHERE {where}", values)[0][0])
+        with self._transaction() as db:
+            deleted = db.execute(f"DELETE FROM draws WHERE {where}", values).rowcount
         with self._lock, self._guard():
-            rows = self._db.execute("SELECT fingerprint, value FROM teachers ORDER BY fingerprint").fetchall()
-            return {fingerprint: json.loads(value) for fingerprint, value in rows}
+            self._db.execute("VACUUM")
+        return deleted
 
     def stats(self) -> StoreStats:
         """Counts of what is kept.
@@ -164,11 +285,12 @@ class Store:
         Raises:
             StoreError: the file can't be read.
         """
-        with self._lock, self._guard():
-            kept = dict(self._db.execute("SELECT rejected, COUNT(*) FROM draws GROUP BY rejected").fetchall())
-            holes = dict(self._db.execute("SELECT reason, COUNT(*) FROM holes GROUP BY reason").fetchall())
-            (teachers,) = self._db.execute("SELECT COUNT(*) FROM teachers").fetchone()
-        return StoreStats(kept.pop(None, 0), kept, holes, teachers)
+        kept = dict(self._read("SELECT rejected, COUNT(*) FROM draws GROUP BY rejected"))
+        by_teacher = dict(self._read("SELECT teacher, COUNT(*) FROM draws GROUP BY teacher ORDER BY teacher"))
+        holes = dict(self._read("SELECT reason, COUNT(*) FROM holes GROUP BY reason"))
+        ((teachers,),) = self._read("SELECT COUNT(*) FROM teachers")
+        ((calls, cost),) = self._read("SELECT COUNT(*), COALESCE(SUM(cost_usd), 0) FROM calls")
+        return StoreStats(kept.pop(None, 0), kept, holes, teachers, by_teacher, calls, cost)
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""
@@ -181,6 +303,7 @@ class Store:
             return f"{uri}?mode=rwc"
         # SQLite's log needs a writable folder even to read; a recording on read-only media is opened as it lies.
         writable = os.access(self.path, os.W_OK) and os.access(self.path.resolve().parent, os.W_OK)
+        self._frozen = not writable
         return f"{uri}?mode=rw" if writable else f"{uri}?immutable=1"
 
     def _prepare(self) -> None:
@@ -190,14 +313,17 @@ class Store:
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         self._db.execute("COMMIT")
         if kind == APPLICATION_ID:
-            if version != VERSION:
+            if version > VERSION or version < 1:
                 raise StoreError(f"{self.path}: a store of format {version}, this program reads {VERSION}; use another")
         elif tables:
             raise StoreError(f"{self.path}: not a store of answers but another program's database; use another path")
         self._enter_wal()
         self._db.execute("PRAGMA synchronous = NORMAL")
-        if kind != APPLICATION_ID:
+        if version != VERSION and not self._frozen:
             with self._transaction() as db:
+                (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been faster
+                if version == 1:  # its draws name no teacher
+                    db.execute("ALTER TABLE draws ADD COLUMN teacher TEXT NOT NULL DEFAULT ''")
                 for statement in _SCHEMA:
                     db.execute(statement)
 
@@ -221,6 +347,10 @@ class Store:
                 part = wanted[start : start + _SLICE]
                 rows += self._db.execute(f"{query} ({','.join('?' * len(part))})", part).fetchall()
         return rows
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._lock, self._guard():
+            return self._db.execute(query, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -8,9 +8,10 @@ A hole in the evidence is a mask and a counted reason, never a zero.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -106,54 +107,75 @@ Query = ContinueQuery | AnswerQuery
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """A token that the teacher wrote: its text, its log-prob (nats), and the likeliest tokens at its place."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """One text of the teacher. `finish` is "length" where the token limit cut it: what would follow is unknown."""
+    """One text of the teacher. `finish` is "length" where the token limit cut it: what would follow is unknown.
+
+    `tokens` are its tokens in the teacher's own vocabulary, where the back end returns log-probs and `teacher.logprobs`
+    asks for them; else empty. The first one stands right at the anchor, the end of the student's prefix.
+    """
 
     text: str
     finish: Finish
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What calls to a teacher used. `calls` counts HTTP calls, `cached_calls` requests answered from the store."""
+    """What calls to a teacher used. `calls` counts HTTP calls, `cached_calls` requests answered from the store.
+
+    `prompt_tokens` is all input; of it the provider's prompt cache served `cache_read_tokens` and took up
+    `cache_write_tokens`. `completion_tokens` is all output, of it `reasoning_tokens` hidden.
+    """
 
     calls: int = 0
     cached_calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.calls + other.calls,
-            self.cached_calls + other.cached_calls,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cost_usd + other.cost_usd,
-        )
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.sub, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
     """The valid continuations of a chunk's prefix, at most N, and the rest counted by reason.
 
-    `len(replies) + sum(rejected.values()) == query.n`, always.
+    `len(replies) + sum(rejected.values()) == query.n`, always. `teacher` is the name of the one that answered, where a
+    run has several.
     """
 
     query: ContinueQuery
     replies: tuple[Reply, ...]
     rejected: Mapping[str, int] = field(default_factory=dict)
     usage: Usage = Usage()
+    teacher: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The teacher's own answers to a prompt; `rejected` as in `Continuations`."""
+    """The teacher's own answers to a prompt; `rejected` and `teacher` as in `Continuations`."""
 
     query: AnswerQuery
     replies: tuple[Reply, ...]
     rejected: Mapping[str, int] = field(default_factory=dict)
     usage: Usage = Usage()
+    teacher: str = ""
 
 
 Evidence = Continuations | Answers
@@ -202,7 +224,10 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a teacher offers. `continuation` is the rung of the ladder in use: raw, prefill or instruct."""
+    """What a teacher offers. `continuation` is the rung of the ladder in use: raw, prefill or instruct.
+
+    `gen_logprobs` is how many alternatives it can return for each token that it writes (0: no log-probs).
+    """
 
     answer: bool = True
     continuation: Literal["raw", "prefill", "instruct"] | None = None
@@ -210,6 +235,7 @@ class Capabilities:
     topk: int = 0
     logits: bool = False
     hidden: bool = False
+    gen_logprobs: int = 0
 
 
 class Teacher(Protocol):

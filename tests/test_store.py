@@ -22,7 +22,7 @@ def test_a_draw_comes_back_as_it_went_in(tmp_path: Path) -> None:
     texts = ["", " leading", "trailing \n", "naïve café 漢字 🙂", "\ud800 lone", "null\x00byte"]
     rows = {f"k{index}": draw(text) for index, text in enumerate(texts)}
     store = Store(tmp_path / "deep" / "er" / "s.sqlite")
-    assert store.put_many(rows) == rows
+    assert store.keep(rows) == rows
     store.close()
     assert Store(tmp_path / "deep" / "er" / "s.sqlite").get_many([*rows, "absent"]) == rows
 
@@ -30,29 +30,29 @@ def test_a_draw_comes_back_as_it_went_in(tmp_path: Path) -> None:
 def test_many_keys_at_once(tmp_path: Path) -> None:
     store = Store(tmp_path / "s")
     rows = {f"k{index}": draw(str(index)) for index in range(1201)}
-    assert store.put_many(rows) == rows
+    assert store.keep(rows) == rows
     assert store.get_many(list(rows)) == rows
     assert store.get_many([]) == {}
-    assert store.put_many({}) == {}
+    assert store.keep({}) == {}
 
 
 def test_the_first_writer_wins(tmp_path: Path) -> None:
     one, two = Store(tmp_path / "s"), Store(tmp_path / "s")
-    one.put_many({"k": draw("first")})
-    assert two.put_many({"k": draw("second")})["k"].text == "first"
+    one.keep({"k": draw("first")})
+    assert two.keep({"k": draw("second")})["k"].text == "first"
 
 
 def test_s9_refusals_filtered_replies_and_errors_are_no_draws(tmp_path: Path) -> None:
     store = Store(tmp_path / "s")
     for reason in ("refusal", "filtered", "error"):
         with pytest.raises(AssertionError):
-            store.put_many({"k": draw("x", reason)})
-    store.put_many({"a": draw(), "b": draw("x", "restart")})
-    store.put_holes({"c": "refusal"})
+            store.keep({"k": draw("x", reason)})
+    store.keep({"a": draw(), "b": draw("x", "restart")})
+    store.keep({}, {"c": "refusal"})
     stats = store.stats()
     assert (stats.answers, stats.rejected, stats.holes, stats.teachers) == (1, {"restart": 1}, {"refusal": 1}, 0)
     assert store.get_many(["c"]) == {}
-    store.put_many({"c": draw("now answered")})
+    store.keep({"c": draw("now answered")})
     assert store.get_holes(["c"]) == {}
 
 
@@ -68,7 +68,7 @@ def test_s10_a_killed_process_loses_nothing_it_committed(tmp_path: Path) -> None
         "import os, signal, sys\n"
         "from omniopd.store import Draw, Store\n"
         "store = Store(sys.argv[1])\n"
-        "for i in range(25): store.put_many({f'k{i}': Draw(str(i), 'stop', 'prefill')})\n"
+        "for i in range(25): store.keep({f'k{i}': Draw(str(i), 'stop', 'prefill')})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], check=False, timeout=60)
@@ -81,7 +81,7 @@ def test_several_processes_share_a_new_file(tmp_path: Path) -> None:
         "from omniopd.store import Draw, Store\n"
         "for i in range(20): Store(f'{sys.argv[1]}-{i}').close()\n"  # each of them a race for who makes the file
         "store = Store(sys.argv[1])\n"
-        "for i in range(20): store.put_many({f'{sys.argv[2]}-{i}': Draw('x', 'stop', 'prefill')})\n"
+        "for i in range(20): store.keep({f'{sys.argv[2]}-{i}': Draw('x', 'stop', 'prefill')})\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "s")]
     workers = [subprocess.Popen([*command, name]) for name in ("a", "b", "c")]
@@ -95,7 +95,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
         db.execute("INSERT INTO holes VALUES ('k', 'error')")
         raise KeyboardInterrupt
     assert store.get_holes(["k"]) == {}
-    store.put_holes({"k": "error"})
+    store.keep({}, {"k": "error"})
 
 
 def one_line(error: pytest.ExceptionInfo[StoreError], path: Path) -> str:
@@ -151,10 +151,10 @@ def test_a_locked_file(tmp_path: Path) -> None:
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError) as error:
-        store.put_many({"k": draw()})
+        store.keep({"k": draw()})
     assert "locked" in one_line(error, path)
     other.execute("ROLLBACK")
-    assert store.put_many({"k": draw()})
+    assert store.keep({"k": draw()})
     other.close()
 
 
@@ -163,7 +163,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     (pages,) = store._db.execute("PRAGMA page_count").fetchone()
     store._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreError) as error:
-        store.put_many({f"k{index}": draw("x" * 5000) for index in range(20)})
+        store.keep({f"k{index}": draw("x" * 5000) for index in range(20)})
     assert "disk is full" in one_line(error, tmp_path / "s")
     assert store.stats().answers == 0
 
@@ -178,12 +178,12 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
 
 def test_a_recording_on_read_only_media_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "s")
-    store.put_many({"k": draw()})
+    store.keep({"k": draw()})
     store.close()
     monkeypatch.setattr(os, "access", lambda *_: False)
     recording = Store(tmp_path / "s", create=False)
     assert recording.get_many(["k"]) == {"k": draw()}
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     with pytest.raises(StoreError) as error:
-        recording.put_many({"l": draw()})
+        recording.keep({"l": draw()})
     assert "can't be written" in one_line(error, tmp_path / "s")

@@ -1,0 +1,144 @@
+"""What the teacher has cost: prices, the budget, and money reserved for calls under way.
+
+Every call is booked into the answer store in the same transaction as what it brought (`store.Booking`), so a process that
+is killed has booked exactly what it kept. `spent` of a run is the sum of its bookings.
+
+Before a call is sent, the most that it can cost is reserved; spent plus reserved never passes the budget. A call that
+does not fit waits while others are under way, since they may turn out cheaper; when none is, the budget is spent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from omniopd.errors import BudgetSpent, ConfigError
+from omniopd.settings import Settings, first_problem
+from omniopd.store import Booking, Store
+from omniopd.types import Usage
+
+
+class Price(Settings):
+    """What a provider charges, in USD per million tokens. None are shipped: they age.
+
+    `cache_read` and `cache_write` are for input that the provider's prompt cache served or took up; null: as `prompt`.
+    """
+
+    prompt: float = Field(default=0.0, ge=0)
+    completion: float = Field(default=0.0, ge=0)
+    cache_read: float | None = Field(default=None, ge=0)
+    cache_write: float | None = Field(default=None, ge=0)
+
+    def cost(self, usage: Usage) -> float:
+        """USD for these tokens."""
+        fresh = usage.prompt_tokens - usage.cache_read_tokens - usage.cache_write_tokens
+        read = self.prompt if self.cache_read is None else self.cache_read
+        write = self.prompt if self.cache_write is None else self.cache_write
+        whole = (
+            max(0, fresh) * self.prompt
+            + usage.cache_read_tokens * read
+            + usage.cache_write_tokens * write
+            + usage.completion_tokens * self.completion
+        )
+        return whole / 1e6
+
+
+class PriceList(Settings):
+    """A file of prices: `date`, `currency: USD`, and `models`, names (or patterns with *) to prices."""
+
+    date: datetime.date
+    currency: Literal["USD"] = "USD"
+    models: dict[str, Price]
+
+    def find(self, model: str) -> Price | None:
+        """The price of that model: its own name first, else the longest pattern that fits."""
+        fitting = [name for name in self.models if fnmatchcase(model, name)]
+        return self.models[max(fitting, key=lambda name: (name == model, len(name)))] if fitting else None
+
+
+def read_prices(path: Path) -> PriceList:
+    """Read a price file.
+
+    Raises:
+        ConfigError: it can't be read or is no price list.
+    """
+    try:
+        return PriceList.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise ConfigError(f"prices: {path}: can't be read: {reason}; name an existing YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"prices: {path}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"prices: {path}: {first_problem(error, PriceList)}") from None
+
+
+class Ledger:
+    """The money of one run. `run` names it in the store; a resumed run has the name that it began with."""
+
+    def __init__(
+        self, store: Store, run: str = "", *, prices: PriceList | None = None, budget_usd: float | None = None
+    ) -> None:
+        self.run, self.prices, self.budget_usd = run, prices, budget_usd
+        self.store = store
+        self.spent = store.spent(run)
+        self.reserved = 0.0
+        self._under_way = 0
+        self._settled: list[asyncio.Future[None]] = []
+
+    def price(self, model: str, own: Price | None) -> tuple[Price | None, str]:
+        """What a teacher charges (its own setting, else the price file), and where that price is from.
+
+        Raises:
+            ConfigError: there is a budget but no price to count it with.
+        """
+        if own is not None:
+            return own, "teacher.price"
+        found = self.prices.find(model) if self.prices else None
+        if found is None and self.budget_usd is not None:
+            raise ConfigError(
+                f"budget_usd: no price is known for the teacher's model '{model}'; set teacher.price, or name a file that "
+                "has it in prices"
+            )
+        return found, f"prices of {self.prices.date}" if found and self.prices else ""
+
+    @asynccontextmanager
+    async def reserve(self, usd: float) -> AsyncIterator[None]:
+        """Money for one call while the context lasts.
+
+        Raises:
+            BudgetSpent: it does not fit into what is left, and nothing under way can free any.
+        """
+        if self.budget_usd is not None:
+            while self.spent + self.reserved + usd > self.budget_usd:
+                if self._under_way == 0:
+                    raise BudgetSpent(
+                        f"budget_usd: {self.spent:.4f} of {self.budget_usd:g} dollars are spent and the next call may "
+                        f"cost {usd:.4f}; raise budget_usd, then continue with --resume"
+                    )
+                settled = asyncio.get_running_loop().create_future()
+                self._settled.append(settled)
+                await settled
+        self.reserved, self._under_way = self.reserved + usd, self._under_way + 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            self.reserved = self.reserved - usd if self._under_way else 0.0  # rounding does not add up
+            waiting, self._settled = self._settled, []
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
+
+    def note(self, booking: Booking | None) -> None:
+        """Count a booking that the store has taken."""
+        if booking is not None:
+            self.spent += booking.cost_usd
