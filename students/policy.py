@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from pydantic import Field
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +21,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import DataError, StudentError
 from omniopd.settings import Settings
 from omniopd.types import Prompt
@@ -59,12 +57,12 @@ class Policy:
 
     def __init__(self, settings: StudentSettings, *, anchored: bool = True) -> None:
         self.settings = settings
-        self.tokenizer = _load_tokenizer(settings.path)
+        self.chat = ChatTemplate.load(settings.path, "student.path", StudentError)
+        self.tokenizer = self.chat.tokenizer
         model = _load_model(settings)
         self.end_ids = _end_ids(model, self.tokenizer)
         own = self.tokenizer.eos_token_id  # an instruct model's turn ends with this one, not with the end of documents
         self.end_id: int = min(self.end_ids) if own is None else own
-        self._control = _control_pattern(self.tokenizer)
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._reference: Any = None
         if settings.lora:
@@ -129,22 +127,10 @@ class Policy:
         Raises:
             DataError: prompt and response do not fit the model's context, or the template refuses the messages.
         """
-        hidden: list[str] = []
-
-        def hide(control: re.Match[str]) -> str:
-            hidden.append(control[0])
-            return f"\ue000{len(hidden) - 1}\ue001"
-
-        messages = [{"role": m.role, "content": self._control.sub(hide, m.content)} for m in prompt.messages]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            reason = _first_line(error)
-            raise DataError(f"prompt {prompt.id}: the student's chat template refuses it: {reason}") from None
-        parts = re.split("\ue000(\\d+)\ue001", str(text))
-        ids = tuple(self.tokenizer(parts[0], add_special_tokens=False).input_ids)
-        for place, after in zip(parts[1::2], parts[2::2], strict=True):
-            ids += (*self.encode(hidden[int(place)])[0], *self.tokenizer(after, add_special_tokens=False).input_ids)
+            ids = self.chat.ids(prompt.messages)
+        except ValueError as error:
+            raise DataError(f"prompt {prompt.id}: the student's chat template refuses it: {error}") from None
         room = self.context - self.settings.max_new_tokens
         if len(ids) > room:
             raise DataError(
@@ -154,12 +140,11 @@ class Policy:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self.chat.decode(ids)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of plain text, and each token's span of characters. No text becomes a control token."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
+        return self.chat.encode(text)
 
 
 def split_model(model: PreTrainedModel) -> tuple[Any, Any]:
@@ -168,22 +153,6 @@ def split_model(model: PreTrainedModel) -> tuple[Any, Any]:
     if head is None:
         raise StudentError(f"student.path: {type(model).__name__} has no output head")
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model, head
-
-
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # the library raises a different type for every way in which this fails
-        raise StudentError(f"student.path: '{path}' has no tokenizer that loads: {_first_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise StudentError(
-            f"student.path: '{path}' has a slow tokenizer without character offsets; use its fast version"
-        )
-    if not tokenizer.chat_template:
-        raise StudentError(
-            f"student.path: the tokenizer of '{path}' has no chat template; use an instruct model or add one"
-        )
-    return tokenizer
 
 
 def _load_model(settings: StudentSettings) -> PreTrainedModel:
@@ -199,12 +168,8 @@ def _load_model(settings: StudentSettings) -> PreTrainedModel:
         if settings.attention == "sdpa" and "scaled_dot_product_attention" in str(error):
             raise StudentError(f"student.attention: '{path}' can't use sdpa; set student.attention=eager") from None
         raise StudentError(
-            f"student.path: '{path}' is no causal language model that loads: {_first_line(error)}"
+            f"student.path: '{path}' is no causal language model that loads: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
@@ -221,13 +186,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     if not ids:
         raise StudentError("student.path: neither the generation config nor the tokenizer names an end-of-text token")
     return frozenset(ids)
-
-
-def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """The texts of control tokens (and of what stands for one in `prompt_ids`)."""
-    controls = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(controls, key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, longest_first), "\ue000\\d+\ue001"]))
 
 
 @torch.no_grad()
