@@ -21,12 +21,13 @@ from omniopd.types import (
     Prompt,
     Query,
     Reply,
+    Token,
     Usage,
 )
 from teachers import ladder
 from teachers.ladder import Rung
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 
 
 def digest(parts: Any) -> str:
@@ -44,9 +45,16 @@ class Ask:
     messages: tuple[Message, ...]
     prefix: str
     max_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float | None
+    top_p: float | None
     seed: int
+    logprobs: int = 0
+    template: str = ""
+
+    @property
+    def purpose(self) -> str:
+        """What the ledger calls it."""
+        return "answer" if self.rung == "answer" else "continue"
 
     def keys(self, n: int) -> list[str]:
         """The keys of draws 0 to n-1: everything that can change an answer, and the repeat index."""
@@ -54,12 +62,13 @@ class Ask:
             "version": KEY_VERSION,
             "teacher": self.teacher,
             "rung": self.rung,
-            "template": ladder.TEMPLATE_VERSION if self.rung == "instruct" else None,
+            "template": {"instruct": ladder.TEMPLATE_VERSION, "raw": self.template}.get(self.rung),
             "messages": [[message.role, message.content] for message in self.messages],
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
+            "logprobs": self.logprobs,
         }
         return [digest({**request, "repeat": index}) for index in range(n)]
 
@@ -69,10 +78,13 @@ class Manner:
     """How a teacher is asked: all that decides an answer beside the query and the weights behind `fingerprint`."""
 
     fingerprint: str
-    rung: Literal["prefill", "instruct"]
+    rung: Literal["raw", "prefill", "instruct"]
     system: str | None
-    temperature: float
-    top_p: float
+    temperature: float | None
+    top_p: float | None
+    logprobs: int = 0
+    thinking_tokens: int = 0  # room for hidden thought, added to every limit
+    template: str = ""
 
     def ask(self, query: Query) -> Ask:
         """Render a query. The text of the audited chunk is not looked at."""
@@ -83,7 +95,7 @@ class Manner:
 
     def render(self, rung: Rung, prompt: Prompt, prefix: str, max_tokens: int, seed: int) -> Ask:
         """Render on a rung of one's own choice; `instruct` adds to the token limit what the echo costs."""
-        if rung == "prefill":
+        if rung in ("raw", "prefill"):
             messages = ladder.render_prefill(prompt, prefix)
         elif rung == "instruct":
             messages = ladder.render_instruct(prompt, prefix)
@@ -95,10 +107,12 @@ class Manner:
             rung=rung,
             messages=self._with_system(messages),
             prefix=prefix,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens + self.thinking_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=seed,
+            logprobs=self.logprobs,
+            template=self.template,
         )
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -114,11 +128,24 @@ class Choice:
     """One text of a completion as a back end read it, before the ladder's rules.
 
     `finish` beside "stop" and "length": `filtered`, `refusal`, or `error` (ended by accident or for no stated reason).
+    `tokens` are those of `text`, where log-probs were asked for and given.
     """
 
     text: str
     finish: Literal["stop", "length", "filtered", "refusal", "error"]
     hidden_reasoning: bool = False
+    tokens: tuple[Token, ...] = ()
+
+
+def tokens_of(choice: Choice, kept: str) -> list[Any]:
+    """The tokens of the part of a reply that is kept, as the store holds them; none where they don't spell it exactly."""
+    skipped = len(choice.text) - len(kept)
+    tokens = list(choice.tokens)
+    while tokens and skipped > 0:  # an echo, a thought
+        skipped -= len(tokens.pop(0).text)
+    if skipped or not choice.text.endswith(kept) or not kept.startswith("".join(token.text for token in tokens[:1])):
+        return []
+    return [[token.text, token.logprob, token.top] for token in tokens]
 
 
 def judge(choice: Choice, ask: Ask, model: str, prompt_tokens: int, completion_tokens: int) -> Draw:
@@ -143,6 +170,7 @@ def judge(choice: Choice, ask: Ask, model: str, prompt_tokens: int, completion_t
         completion_tokens=completion_tokens,
         time=round(time.time(), 3),
         rejected=rejected,
+        tokens=tokens_of(choice, text) if rejected is None else [],
     )
 
 
@@ -157,7 +185,8 @@ def evidence(query: Query, outcomes: Mapping[int, Draw | str], usage: Usage) -> 
         elif outcome.rejected is not None:
             rejected[outcome.rejected] += 1
         else:
-            replies.append(Reply(outcome.text, outcome.finish))
+            tokens = tuple(Token(text, p, tuple((t, q) for t, q in top)) for text, p, top in outcome.tokens)
+            replies.append(Reply(outcome.text, outcome.finish, tokens))
     if isinstance(query, ContinueQuery):
         return Continuations(query, tuple(replies), dict(rejected), usage)
     return Answers(query, tuple(replies), dict(rejected), usage)
@@ -182,5 +211,8 @@ def settings_of(manner: Manner) -> dict[str, Any]:
         "system": manner.system,
         "temperature": manner.temperature,
         "top_p": manner.top_p,
+        "logprobs": manner.logprobs,
+        "thinking_tokens": manner.thinking_tokens,
         "template": ladder.TEMPLATE_VERSION,
+        "chat_template": manner.template,
     }

@@ -8,31 +8,36 @@ all queries run beside each other, in the same order.
 Draws: one that was rejected or dropped is not replaced, so `len(replies) + sum(rejected) == query.n` always. A call
 covers neighbouring draws only and is seeded with the first one's seed, so that a server that gives choice j the seed
 `seed + j` never returns one draw twice.
+
+Money: the most that a call can cost is reserved before it is sent, and what it did cost is booked in the transaction that
+stores what it brought. A gather that ends early waits for the calls under way: they are paid, so they are kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Literal
-
-import httpx
+from typing import Any, ClassVar
 
 from omniopd.errors import OmniError, TeacherError
-from omniopd.store import NEVER_STORED, Draw, Store
-from omniopd.types import Capabilities, ContinueQuery, Evidence, Query, Usage
+from omniopd.ledger import Ledger
+from omniopd.store import NEVER_STORED, Booking, Draw, Store
+from omniopd.types import Capabilities, ContinueQuery, Evidence, Prompt, Query, Usage
 from teachers.asks import Ask, Manner, evidence, judge, order, settings_of
-from teachers.rung import look
-from teachers.transport import Session, Sleep, Transport
-from teachers.wire import ApiConfig, Backend, Completion, Outcome, Price
+from teachers.ladder import Rung
+from teachers.rung import choose, why_not
+from teachers.wire import Backend, Completion, Outcome, RefusedRequest, Session, Shows, TeacherConfig
 
 log = logging.getLogger(__name__)
 
 SILENT_CALLS = 8  # that many dropped calls before any answer: the step ends at once, not after thousands of tries
+DRAIN_S = 20.0  # how long a gather that ends early waits for the calls under way
+BYTES_PER_TOKEN = 2  # of a prompt, before any reply has told: nearly every tokenizer needs more bytes for a token
 
 
 @dataclass
@@ -43,7 +48,9 @@ class _Step:
     dropped: int = 0
     reused: int = 0
     last: str = ""
+    over: bool = False  # nothing new is sent
     locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    under_way: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def silent(self) -> bool:
@@ -51,38 +58,41 @@ class _Step:
 
 
 class ApiTeacher:
-    """A `Teacher` made of a back end, the ladder and the store. `on_progress` hears how many queries are done."""
+    """A `Teacher` made of a back end, the ladder, the store and the ledger. `on_progress` hears how many queries are done.
 
-    def __init__(
-        self,
-        backend: Backend,
-        config: ApiConfig,
-        store: Store,
-        *,
-        http: httpx.AsyncBaseTransport | None = None,
-        sleep: Sleep = asyncio.sleep,
-    ) -> None:
-        self.fingerprint = backend.fingerprint
+    A subclass names its `Config` and its `Backend`, a class that is made from the config.
+    """
+
+    Config: ClassVar[type[TeacherConfig]]
+    Backend: ClassVar[Callable[..., Backend]]
+
+    def __init__(self, config: TeacherConfig, store: Store, ledger: Ledger | None = None, **backend: Any) -> None:
+        """Ready to gather; `backend` goes to the back end (tests give it a fake network and a fake clock).
+
+        Raises:
+            ConfigError: the environment variable of the key is not set, or there is a budget but no price.
+        """
+        self._config, self._store, self._ledger = config, store, ledger or Ledger(store)
+        self.backend: Backend = type(self).Backend(config, **backend)
+        self.fingerprint = self.backend.fingerprint
         self.on_progress: Callable[[int], None] | None = None
-        self._backend, self._config, self._store = backend, config, store
-        self._transport = Transport(
-            backend,
-            concurrency=config.concurrency,
-            timeout_s=config.timeout_s,
-            max_attempts=config.max_attempts,
-            http=http,
-            sleep=sleep,
-        )
-        self._most: int | None = None if config.n else 1  # draws per call; learnt when a server gives fewer
+        self.price, self._price_from = self._ledger.price(getattr(config, "model", ""), config.price)
+        n, seed = getattr(config, "n", True), getattr(config, "seed", True)
+        self._most: int | None = 1 if n is False else None  # draws per call; learnt when a server gives fewer
+        self.seeded = seed is not False
+        self._may_lose = {name for name, value in (("n", n), ("seed", seed)) if value == "auto"}
+        self._bytes_per_token = float(BYTES_PER_TOKEN)
         self._checked = False
-        # Until `auto` has looked, only the rung that every chat model has is promised.
-        self._use("prefill" if config.continuation == "prefill" else "instruct")
+        self.probed = Usage()  # what was asked outside gathers
+        # Until `auto` has looked, only the rung that needs no proof is promised.
+        self._use(self.backend.rungs[-1] if config.continuation == "auto" else config.continuation)
 
     async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
         """Evidence for each query, in order.
 
         Raises:
             TeacherError: the teacher can't be reached, refuses the key, the model or the request, or answers nothing.
+            BudgetSpent: the next call may cost more than is left.
             StoreError: the store can't be read or written.
         """
         if not queries:
@@ -101,13 +111,16 @@ class ApiTeacher:
                     self.on_progress(len(results))
 
         try:
-            async with self._transport.session() as session:
-                checked = await self._settle(session, queries)
-                async with asyncio.TaskGroup() as group:
-                    for row in rows:
-                        group.create_task(follow(session, row))
+            async with self.backend.session() as session:
+                try:
+                    checked = await self._settle(session, queries)
+                    async with asyncio.TaskGroup() as group:
+                        for row in rows:
+                            group.create_task(follow(session, row))
+                finally:
+                    await _drain(step)
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_error(failures) from None
         if step.silent:
             raise self._silence(step)
         if step.dropped:
@@ -119,8 +132,35 @@ class ApiTeacher:
     async def close(self) -> None:
         """Nothing stays open between gathers; the store belongs to the caller."""
 
+    async def shown(self, prompt: Prompt) -> tuple[str, Any] | None:
+        """The prompt as this teacher's model gets it (without `system`), and its tokenizer if it is at hand.
+
+        Returns:
+            None where neither the tokenizer nor the server tells.
+
+        Raises:
+            TeacherError: the server that would tell can't be reached.
+        """
+        chat = getattr(self.backend, "chat", None)
+        if chat is not None:
+            return chat.text(prompt.messages), chat.tokenizer
+        async with self.backend.session() as session:
+            text = await session.shown(prompt.messages) if isinstance(session, Shows) else None
+        return None if text is None else (text, None)
+
+    def keep_probe(self, record: Mapping[str, Any]) -> None:
+        """Keep what a probe of this teacher found."""
+        self._store.put_probe(self.fingerprint, record)
+
+    @property
+    def probe(self) -> dict[str, Any] | None:
+        """What the last probe of this teacher found."""
+        return self._store.probe(self.fingerprint)
+
+    # ------------------------------------------------------------------ one query
+
     async def _answer(self, session: Session, step: _Step, query: Query) -> Evidence:
-        ask = self._manner.ask(query)
+        ask = self.manner.ask(query)
         keys = ask.keys(query.n)
         if not keys:
             return evidence(query, {}, Usage())
@@ -148,27 +188,61 @@ class ApiTeacher:
         self, session: Session, step: _Step, ask: Ask, keys: Sequence[str], span: Sequence[int]
     ) -> tuple[dict[int, Draw | str], Usage]:
         """One call for the draws of `span`; what came of them (at least one; all, if it was dropped), and its cost."""
-        outcome = await session.call(self._backend.body(ask, len(span), ask.seed + span[0]))
+        most = self._usage_limit(ask, len(span))
+        async with self._ledger.reserve(self._cost(most)):
+            if step.over:
+                raise asyncio.CancelledError
+            paid = asyncio.create_task(self._paid(session, step, ask, keys, span))
+            step.under_way.add(paid)
+            paid.add_done_callback(step.under_way.discard)
+            return await asyncio.shield(paid)
+
+    async def _paid(
+        self, session: Session, step: _Step, ask: Ask, keys: Sequence[str], span: Sequence[int]
+    ) -> tuple[dict[int, Draw | str], Usage]:
+        """The part of a call that is not given up once it has begun: ask, store, count."""
+        seed = ask.seed + span[0] if self.seeded else None
+        try:
+            outcome = await session.draw(ask, len(span), seed)
+        except RefusedRequest as refusal:
+            with_it = len(span) > 1 if refusal.param == "n" else refusal.param == "seed" and seed is not None
+            if refusal.param not in self._may_lose or not with_it:
+                raise
+            self._lose(refusal)
+            return {}, Usage(calls=1)
         step.calls += 1
-        if outcome.completion is None:
+        if outcome.value is None:
             self._note_dropped(step, outcome)
-            self._store.put_holes({keys[index]: outcome.reason for index in span})
-            return dict.fromkeys(span, outcome.reason), self._usage(outcome)
-        completion = outcome.completion
-        draws = dict(zip(span, _draws(completion, ask, len(span)), strict=False))  # a server may give fewer
+            holes = {keys[index]: outcome.reason for index in span}
+            self._store.keep({}, holes, self._booking(ask, outcome, 0))
+            return dict.fromkeys(span, outcome.reason), Usage(calls=outcome.attempts)
+        draws = dict(zip(span, self._draws(outcome.value, ask, len(span)), strict=False))  # a server may give fewer
         if len(draws) < len(span):
             self._most = min(self._most or len(draws), len(draws))
-        return self._keep(keys, draws), self._usage(outcome)
+        return self._keep(keys, draws, self._booking(ask, outcome, len(draws)))
 
-    def _keep(self, keys: Sequence[str], draws: Mapping[int, Draw]) -> dict[int, Draw | str]:
+    def _keep(
+        self, keys: Sequence[str], draws: Mapping[int, Draw], booking: Booking
+    ) -> tuple[dict[int, Draw | str], Usage]:
         """Store what may be stored; what the store then holds is what counts."""
         lasting = {keys[index]: draw for index, draw in draws.items() if draw.rejected not in NEVER_STORED}
         holes = {keys[index]: draw.rejected for index, draw in draws.items() if draw.rejected in NEVER_STORED}
-        stored = self._store.put_many(lasting)
-        self._store.put_holes({key: reason for key, reason in holes.items() if reason is not None})
-        return {index: stored.get(keys[index], draw) for index, draw in draws.items()}
+        reasons = {key: reason for key, reason in holes.items() if reason is not None}
+        stored = self._store.keep(lasting, reasons, booking, self.fingerprint)
+        self._ledger.note(booking)
+        return {index: stored.get(keys[index], draw) for index, draw in draws.items()}, usage_of(booking)
 
-    def _note_dropped(self, step: _Step, outcome: Outcome) -> None:
+    def _draws(self, completion: Completion, ask: Ask, most: int) -> list[Draw]:
+        """The choices as draws, each with its share of the tokens; the shares add up to the call's usage."""
+        choices, usage = completion.choices[:most], completion.usage or Usage()
+        prompt, more_prompt = divmod(usage.prompt_tokens, len(choices))
+        text, more_text = divmod(usage.completion_tokens, len(choices))
+        return [
+            judge(choice, ask, completion.model, prompt + (index < more_prompt), text + (index < more_text))
+            for index, choice in enumerate(choices)
+        ]
+
+    def _note_dropped(self, step: _Step, outcome: Outcome[Completion]) -> None:
         if outcome.reason != "error":
             return
         step.dropped += 1
@@ -178,21 +252,98 @@ class ApiTeacher:
 
     def _silence(self, step: _Step) -> TeacherError:
         return TeacherError(
-            f"teacher at {self._backend.url} is unreachable: none of {step.calls} calls brought an answer "
+            f"teacher at {self.backend.place} is unreachable: none of {step.calls} calls brought an answer "
             f"(last: {step.last}); check the server and teacher.base_url, then resume"
         )
 
-    def _usage(self, outcome: Outcome) -> Usage:
-        price, completion = self._config.price or Price(), outcome.completion
-        if completion is None:
-            return Usage(calls=outcome.attempts)
-        cost = completion.prompt_tokens * price.prompt + completion.completion_tokens * price.completion
-        return Usage(outcome.attempts, 0, completion.prompt_tokens, completion.completion_tokens, cost / 1e6)
+    def _lose(self, refusal: RefusedRequest) -> None:
+        """Go on without a field that the server refuses, where the config leaves it to us."""
+        lost = self._most == 1 if refusal.param == "n" else not self.seeded
+        if lost:  # another call was refused before this one, which was under way
+            return
+        log.warning("the teacher takes no '%s', going on without it (%s)", refusal.param, refusal)
+        if refusal.param == "n":
+            self._most = 1
+        else:
+            self.seeded = False
 
-    def _use(self, rung: Literal["prefill", "instruct"]) -> None:
+    # ------------------------------------------------------------------ money
+
+    def _usage_limit(self, ask: Ask, n: int) -> Usage:
+        """The most that a call can use. A prompt's tokens are estimated from its bytes, as the replies so far had it."""
+        size = _bytes(ask)
+        prompt = int(1.1 * size / self._bytes_per_token) + 64  # the template's own tokens
+        per_draw = 1 if self._most is None or self._most >= n else n
+        return Usage(prompt_tokens=prompt * per_draw, completion_tokens=ask.max_tokens * n)
+
+    def price_of(self, usage: Usage) -> float | None:
+        """USD for these tokens; None where no price is known."""
+        return self.price.cost(usage) if self.price else None
+
+    def _cost(self, usage: Usage) -> float:
+        return self.price_of(usage) or 0.0
+
+    def _booking(self, ask: Ask, outcome: Outcome[Completion], draws: int) -> Booking:
+        """A call as the ledger keeps it; a reply that tells no usage is booked as an estimate."""
+        completion, size = outcome.value, _bytes(ask)
+        usage = completion.usage if completion else Usage()
+        estimated = usage is None
+        if usage is None:
+            written = sum(len(choice.text.encode("utf-8", "surrogatepass")) for choice in completion.choices)  # type: ignore[union-attr]
+            usage = Usage(prompt_tokens=size // 3 + 1, completion_tokens=written // 3 + 1)
+        elif usage.prompt_tokens:
+            self._bytes_per_token = min(self._bytes_per_token, max(1.0, size / usage.prompt_tokens))
+        return Booking(
+            run=self._ledger.run,
+            teacher=self.fingerprint,
+            purpose=ask.purpose,
+            model=completion.model if completion else "",
+            draws=draws,
+            attempts=outcome.attempts,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            cost_usd=self._cost(usage),
+            price=self._price_from,
+            time=round(time.time(), 3),
+            request_id=completion.request_id if completion else "",
+            reason=None if completion else outcome.reason,
+            estimated=estimated,
+        )
+
+    def prober(self, session: Session) -> Callable[[Ask, int, int | None], Awaitable[Outcome[Completion]]]:
+        """Asks the live teacher outside a gather: money is reserved and booked, nothing is stored."""
+
+        async def draw(ask: Ask, n: int, seed: int | None) -> Outcome[Completion]:
+            async with self._ledger.reserve(self._cost(self._usage_limit(ask, n))):
+                outcome = await session.draw(ask, n, seed if self.seeded else None)
+                drawn = len(outcome.value.choices) if outcome.value else 0
+                booking = replace(self._booking(ask, outcome, drawn), purpose="probe")
+                self._store.keep({}, booking=booking)
+                self._ledger.note(booking)
+                self.probed += usage_of(booking)
+            return outcome
+
+        return draw
+
+    # ------------------------------------------------------------------ the manner
+
+    def _use(self, rung: Rung) -> None:
         config = self._config
-        self.capabilities = Capabilities(continuation=rung)
-        self._manner = Manner(self.fingerprint, rung, config.system, config.temperature, config.top_p)
+        assert rung in ("raw", "prefill", "instruct")
+        self.capabilities: Capabilities = replace(self.backend.offers, continuation=rung)
+        self.manner = Manner(
+            self.fingerprint,
+            rung,
+            config.system,
+            config.temperature,
+            config.top_p,
+            config.logprobs,
+            config.thinking_tokens,
+            self.backend.template,
+        )
 
     async def _settle(self, session: Session, queries: Sequence[Query]) -> Usage:
         """Before the first calls: with `auto` look for the rung, once per store; then record how this teacher is asked.
@@ -204,28 +355,50 @@ class ApiTeacher:
         if self._checked:
             return used
         if self._config.continuation == "auto":
-            rung: Literal["prefill", "instruct"] | None = self._store.teachers().get(self.fingerprint, {}).get("rung")
-            if rung is None and any(isinstance(query, ContinueQuery) and query.chunk.prefix for query in queries):
-                rung, outcome = await look(session, self._backend, self._manner)
-                used = self._usage(outcome)
+            rung: Rung | None = self._store.teachers().get(self.fingerprint, {}).get("rung")
+            asked = [query for query in queries if isinstance(query, ContinueQuery) and query.chunk.prefix]
+            if rung is None:
+                rung = (self._store.probe(self.fingerprint) or {}).get("rung")
+            if rung is None and asked:
+                before = self.probed
+                rung, looks = await choose(self.prober(session), self.backend, self.manner, asked[0].prompt)
+                used = self.probed - before
+                if not any(seen.literal for seen in looks):
+                    log.warning("continuation: %s (%s)", rung, why_not(looks) or "it needs no proof")
             if rung is not None:
                 self._use(rung)
             settled = rung is not None
-        asked = settings_of(self._manner) if settled else settings_of(self._manner) | {"rung": None}
-        self._store.put_teacher(self.fingerprint, self._backend.record() | asked)
+        known = settings_of(self.manner) if settled else settings_of(self.manner) | {"rung": None}
+        self._store.put_teacher(self.fingerprint, self.backend.record() | known)
         self._checked = settled
         return used
 
 
-def _draws(completion: Completion, ask: Ask, most: int) -> list[Draw]:
-    """The choices as draws, each with its share of the tokens; the shares add up to the call's usage."""
-    choices = completion.choices[:most]
-    prompt, more_prompt = divmod(completion.prompt_tokens, len(choices))
-    text, more_text = divmod(completion.completion_tokens, len(choices))
-    return [
-        judge(choice, ask, completion.model, prompt + (index < more_prompt), text + (index < more_text))
-        for index, choice in enumerate(choices)
-    ]
+async def _drain(step: _Step) -> None:
+    """Let the calls under way end: what they bring is paid for. They store it themselves."""
+    step.over = True
+    if step.under_way:
+        _, late = await asyncio.wait(step.under_way, timeout=DRAIN_S)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+
+def usage_of(booking: Booking) -> Usage:
+    """What a booked call used."""
+    return Usage(
+        calls=booking.attempts,
+        prompt_tokens=booking.prompt_tokens,
+        completion_tokens=booking.completion_tokens,
+        cost_usd=booking.cost_usd,
+        cache_read_tokens=booking.cache_read_tokens,
+        cache_write_tokens=booking.cache_write_tokens,
+        reasoning_tokens=booking.reasoning_tokens,
+    )
+
+
+def _bytes(ask: Ask) -> int:
+    return sum(len(message.content.encode("utf-8", "surrogatepass")) for message in ask.messages)
 
 
 def _spans(indexes: Sequence[int], most: int | None) -> Iterator[list[int]]:
@@ -240,9 +413,9 @@ def _spans(indexes: Sequence[int], most: int | None) -> Iterator[list[int]]:
         yield span
 
 
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error to show of those that ended a task group: one of ours if there is any."""
     leaves: list[BaseException] = []
     for failure in failures.exceptions:
-        leaves.append(_first(failure) if isinstance(failure, BaseExceptionGroup) else failure)
+        leaves.append(first_error(failure) if isinstance(failure, BaseExceptionGroup) else failure)
     return next((leaf for leaf in leaves if isinstance(leaf, OmniError)), leaves[0])

@@ -1,8 +1,8 @@
 """How a chat model is made to go on from a partial text, and when its reply counts. Pure functions.
 
-Rungs (`docs/architecture.md`): `prefill` leaves the assistant turn open after the partial text; `instruct` shows the
-partial text in a user turn and asks for what follows; `raw` (a completion route) is reserved. A prefix that is empty
-needs no rung: the plain question is asked.
+Rungs, best first: `raw` renders prompt and partial text here, with the teacher's own template, and sends the whole to a
+completion route; `prefill` sends the partial text as an assistant turn that is left open; `instruct` shows it in a user
+turn and asks for what follows. A prefix that is empty needs no rung: the plain question is asked.
 
 A reply that breaks a rule is no evidence: it leaves both the sum and the count (never a zero). Every empty text is
 rejected, an immediate natural stop too: it can't be told from an endpoint that is silent.
@@ -17,7 +17,7 @@ from rapidfuzz.distance import Levenshtein
 
 from omniopd.types import Finish, Message, Prompt
 
-Rung = Literal["answer", "plain", "prefill", "instruct"]
+Rung = Literal["answer", "plain", "raw", "prefill", "instruct"]
 
 TEMPLATE_VERSION = 1  # raise it with any change of INSTRUCTION: it is part of the key of every `instruct` draw
 

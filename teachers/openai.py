@@ -1,35 +1,31 @@
 """Teachers that speak OpenAI's chat-completions format: OpenAI itself, and every server and provider that copies it.
 
-`prefill_style` is how an open assistant turn is marked: `vllm` (vLLM, SGLang, our own server) by
-`add_generation_prompt: false` with `continue_final_message: true`, `prefix` (DeepSeek's beta route, Mistral) and
-`partial` (Kimi) by a flag on the last message, `plain` (llama.cpp) by nothing.
+`preset` names a provider (see `presets.py`) and so the defaults of the other settings; without one, a `base_url` of one's
+own is `generic`. The rung `raw` uses the completion route beside the chat route, where the provider has one.
 
 A server may fill sampling fields that a request leaves out from the model's own defaults (vLLM does, top-k included):
-every request states temperature, top-p and the token limit; for vLLM add `extra_body: {top_k: -1}`.
+every request states temperature, top-p and the token limit. For vLLM and SGLang use their own types.
 """
 
 from __future__ import annotations
 
-import asyncio
-import re
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-import httpx
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from omniopd.registry import TEACHERS
-from omniopd.store import Store
-from teachers.asks import Ask, Choice, digest
+from omniopd.types import Token, Usage
+from teachers.asks import Ask, Choice
+from teachers.backend import HttpBackend, estimate_tokens
 from teachers.client import ApiTeacher
+from teachers.formats import count, not_stated, word
+from teachers.ladder import Rung
 from teachers.openai_errors import verdict
-from teachers.transport import Sleep, is_loopback
-from teachers.wire import ApiConfig, Completion, KeyAuth, Malformed, Verdict, key_from_env
+from teachers.presets import PRESETS, PrefillStyle
+from teachers.wire import Call, Completion, HttpConfig, Malformed, Verdict
 
-ADAPTER_VERSION = 1
-
-_STATED = {"model", "messages", "temperature", "top_p", "n", "seed", "max_tokens", "max_completion_tokens", "stream"}
-_STATED |= {"add_generation_prompt", "continue_final_message"}
+_STATED = {"model", "messages", "prompt", "temperature", "top_p", "n", "seed", "max_tokens", "max_completion_tokens"}
+_STATED |= {"add_generation_prompt", "continue_final_message", "stream", "logprobs", "top_logprobs"}
 _FINISH: dict[str, Literal["stop", "length", "filtered"]] = {
     "stop": "stop",
     "eos": "stop",
@@ -41,104 +37,95 @@ _FINISH: dict[str, Literal["stop", "length", "filtered"]] = {
 }
 
 
-class OpenAIConfig(ApiConfig):
-    """Settings of `type: openai`. The key is read from the environment variable that `api_key_env` names; null: none.
+class OpenAIConfig(HttpConfig):
+    """Settings of `type: openai`, and what they are by default under a preset.
 
-    `fingerprint` names the weights where the address does not (a server that moves, two servers behind one address):
-    it stands in for host and path in the teacher's fingerprint, which otherwise leave out the port of this machine's
-    own servers. `seed: false` and `max_tokens_field` are for models that refuse the usual fields. `extra_body` is sent
-    with every request, and kept in the store: no secrets in it.
+    `max_tokens_field` is for models that refuse the usual one; `seed_field` for providers that call it otherwise.
     """
 
     type: Literal["openai"] = "openai"
-    base_url: str = "https://api.openai.com/v1"
-    model: str = Field(min_length=1)
-    api_key_env: str | None = "OPENAI_API_KEY"
-    prefill_style: Literal["vllm", "prefix", "partial", "plain"] = "vllm"
-    seed: bool = True
+    preset: Literal["generic", "openai", "openrouter", "together", "fireworks", "deepseek", "mistral", "kimi"] = (
+        "openai"
+    )
+    base_url: str = ""
+    api_key_env: str | None = None
+    prefill_style: PrefillStyle = "none"
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    extra_body: dict[str, Any] = Field(default_factory=dict)
-    fingerprint: str | None = None
+    seed_field: str = Field(default="seed", min_length=1)
 
-    @field_validator("base_url")
+    @model_validator(mode="before")
     @classmethod
-    def _plain_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must be an http or https address, such as http://127.0.0.1:8000/v1")
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("must hold no user, password or query: keys come from the variable in api_key_env")
-        parts.port  # noqa: B018 (raises ValueError where the port is no number)
-        return url.rstrip("/")
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-            raise ValueError("must be the NAME (in capitals) of an environment variable that holds the key, not a key")
-        return name
+    def _by_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        name = data.get("preset") or ("generic" if data.get("base_url") else "openai")
+        preset = PRESETS.get(name) if isinstance(name, str) else None
+        if preset is None:  # the field's own check says which names there are
+            return data
+        defaults = ("base_url", "api_key_env", "prefill_style", "max_tokens_field", "seed_field", "n", "seed")
+        return {"preset": name, **{field: getattr(preset, field) for field in defaults}, **data}
 
     @field_validator("extra_body")
     @classmethod
     def _nothing_stated(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted(_STATED & extra.keys()):
-            raise ValueError(f"must not hold {', '.join(taken)}: every request states it from its own setting")
-        return extra
+        return not_stated(extra, _STATED)
 
 
-class OpenAIBackend:
+class OpenAIBackend(HttpBackend):
     """Requests and replies in OpenAI's format."""
 
-    def __init__(self, config: OpenAIConfig) -> None:
-        """Read the key from its environment variable.
+    config: OpenAIConfig
+    version = 2
 
-        Raises:
-            ConfigError: the variable is not set.
-        """
-        self._config = config
-        self.url = f"{config.base_url}/chat/completions"
-        self.auth: KeyAuth | None = key_from_env(config.api_key_env)
-        self.fingerprint = f"openai/{config.model}@{self._place()}#{digest(self.record())[:16]}"
+    @property
+    def ladder(self) -> tuple[Rung, ...]:  # type: ignore[override]
+        """The rungs that the preset has."""
+        raw: tuple[Rung, ...] = ("raw",) if PRESETS[self.config.preset].completions else ()
+        prefill: tuple[Rung, ...] = ("prefill",) if self.config.prefill_style != "none" else ()
+        return (*raw, *prefill, "instruct")
+
+    @property
+    def repeats_prefix(self) -> bool:
+        """Whether a reply may say the prefix again, as Mistral's; elsewhere one that does so has started over."""
+        return self.config.prefill_style == "prefix"
 
     def record(self) -> dict[str, Any]:
-        """What decides an answer: adapter, address, model, rung as configured, system text, sampling, extra fields."""
-        config = self._config
-        return {
-            "type": config.type,
-            "adapter": ADAPTER_VERSION,
-            "place": self._place(),
-            "model": config.model,
-            "continuation": config.continuation,
-            "prefill_style": config.prefill_style,
-            "system": config.system,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "extra_body": config.extra_body,
-        }
+        """See `HttpBackend.record`."""
+        return super().record() | {"preset": self.config.preset, "prefill_style": self.config.prefill_style}
 
-    def body(self, ask: Ask, n: int, seed: int) -> dict[str, Any]:
-        """The JSON of a request."""
-        config = self._config
-        messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
-        body: dict[str, Any] = {
-            "model": config.model,
-            "messages": messages,
-            "temperature": ask.temperature,
-            "top_p": ask.top_p,
-            config.max_tokens_field: ask.max_tokens,
+    def request(self, ask: Ask, n: int, seed: int | None) -> Call:
+        """The HTTP request for n draws."""
+        config = self.config
+        body: dict[str, Any] = {"model": config.model, config.max_tokens_field: ask.max_tokens}
+        body |= {
+            name: value for name, value in (("temperature", ask.temperature), ("top_p", ask.top_p)) if value is not None
         }
         if n > 1:
             body["n"] = n
-        if config.seed:
-            body["seed"] = seed
+        if seed is not None:
+            body[config.seed_field] = seed
+        tokens = estimate_tokens([message.content for message in ask.messages]) + n * ask.max_tokens
+        if ask.rung == "raw":
+            body |= {"prompt": self.raw_prompt(ask)} | ({"logprobs": ask.logprobs} if ask.logprobs else {})
+            return Call(f"{config.base_url}/completions", body | config.extra_body, tokens)
+        messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
+        body["messages"] = messages
+        if ask.logprobs:
+            body |= {"logprobs": True, "top_logprobs": ask.logprobs}
+        if config.thinking == "off":
+            body |= PRESETS[config.preset].no_thinking
         if ask.rung == "prefill":
             if config.prefill_style == "vllm":
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
-            elif config.prefill_style != "plain":
+            elif config.prefill_style in ("prefix", "partial"):
                 messages[-1][config.prefill_style] = True
-        return body | config.extra_body
+        return Call(f"{config.base_url}/chat/completions", body | config.extra_body, tokens)
 
-    def parse(self, payload: Any) -> Completion:
+    def raw_prompt(self, ask: Ask) -> Any:
+        """What the completion route gets: text; a server that takes token ids overrides this."""
+        return self.raw_text(ask)
+
+    def read(self, payload: Any, ask: Ask) -> Completion:
         """Read a reply of status 200.
 
         Raises:
@@ -147,68 +134,96 @@ class OpenAIBackend:
         choices = payload.get("choices") if isinstance(payload, dict) else None
         if not isinstance(choices, list) or not choices:
             raise Malformed("no choices")
-        usage = payload.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        details = usage.get("completion_tokens_details")
-        thought = _count(details, "reasoning_tokens") > 0
-        model = payload.get("model")
+        usage = read_usage(payload.get("usage"))
+        thought = usage is not None and usage.reasoning_tokens > 0
+        said_again = ask.rung == "prefill" and self.repeats_prefix
         return Completion(
-            choices=tuple(_choice(choice, thought) for choice in choices),
-            model=model if isinstance(model, str) else "",
-            prompt_tokens=_count(usage, "prompt_tokens"),
-            completion_tokens=_count(usage, "completion_tokens"),
+            choices=tuple(_choice(choice, thought, ask, said_again) for choice in choices),
+            model=word(payload, "model"),
+            usage=usage,
+            request_id=word(payload, "id"),
         )
 
     def classify(self, status: int, payload: Any) -> Verdict | None:
         """The verdict on a reply, from the table in `openai_errors`."""
-        return verdict(status, payload, self.url, self._config.model, self._config.api_key_env)
-
-    def scrub(self, text: str) -> str:
-        """The text without the key."""
-        return self.auth.scrub(text) if self.auth else text
-
-    def _place(self) -> str:
-        if self._config.fingerprint is not None:
-            return self._config.fingerprint
-        parts = urlsplit(self._config.base_url)
-        if is_loopback(parts.hostname):  # a local server takes another port with each run
-            return f"localhost{parts.path}"
-        return f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        return verdict(status, payload, self.base_url, self.config.model, self.config.api_key_env)
 
 
 @TEACHERS.register("openai")
 class OpenAITeacher(ApiTeacher):
-    """A teacher behind an OpenAI-shaped chat API: text only."""
+    """A teacher behind an OpenAI-shaped chat API: text, and log-probs of what it writes where the provider gives them."""
 
     Config = OpenAIConfig
-
-    def __init__(
-        self,
-        config: OpenAIConfig,
-        store: Store,
-        *,
-        http: httpx.AsyncBaseTransport | None = None,
-        sleep: Sleep = asyncio.sleep,
-    ) -> None:
-        """Ready to gather; `http` and `sleep` are for tests.
-
-        Raises:
-            ConfigError: the environment variable of the key is not set.
-        """
-        super().__init__(OpenAIBackend(config), config, store, http=http, sleep=sleep)
+    Backend = OpenAIBackend
 
 
-def _choice(choice: Any, thought: bool) -> Choice:
-    message = choice.get("message") if isinstance(choice, dict) else None
+def read_usage(usage: Any) -> Usage | None:
+    """The token counts of OpenAI's `usage`, in which `prompt_tokens` includes what the cache served; None if absent."""
+    if not isinstance(usage, dict) or not isinstance(usage.get("prompt_tokens"), int):
+        return None
+    return Usage(
+        prompt_tokens=count(usage, "prompt_tokens"),
+        completion_tokens=count(usage, "completion_tokens"),
+        # DeepSeek counts the cache beside the details.
+        cache_read_tokens=count(usage.get("prompt_tokens_details"), "cached_tokens")
+        or count(usage, "prompt_cache_hit_tokens"),
+        cache_write_tokens=count(usage.get("prompt_tokens_details"), "cache_write_tokens"),
+        reasoning_tokens=count(usage.get("completion_tokens_details"), "reasoning_tokens"),
+    )
+
+
+def _choice(choice: Any, thought: bool, ask: Ask, said_again: bool) -> Choice:
+    if not isinstance(choice, dict):
+        raise Malformed("a choice that is no object")
+    finish = choice.get("finish_reason")
+    # No stated end is an end by accident.
+    ended = _FINISH.get(finish, "error") if isinstance(finish, str) else "error"
+    if ask.rung == "raw":
+        text = choice.get("text")
+        if not isinstance(text, str):
+            raise Malformed("a choice without text")
+        return Choice(text, ended, thought, _completion_tokens(choice.get("logprobs")) if ask.logprobs else ())
+    message = choice.get("message")
     if not isinstance(message, dict):
         raise Malformed("a choice without a message")
     text = _text(message.get("content"))
+    if said_again and ask.prefix and text.startswith(ask.prefix):
+        text = text[len(ask.prefix) :]
     hidden = thought or any(message.get(name) for name in ("reasoning_content", "reasoning"))
     if message.get("refusal"):
         return Choice(text, "refusal", hidden)
-    finish = choice.get("finish_reason")
-    # No stated end is an end by accident.
-    return Choice(text, _FINISH.get(finish, "error") if isinstance(finish, str) else "error", hidden)
+    return Choice(text, ended, hidden, chat_tokens(choice.get("logprobs")) if ask.logprobs else ())
+
+
+def chat_tokens(logprobs: Any) -> tuple[Token, ...]:
+    """Tokens with log-probs as the chat route gives them; none where it gives none (the probe says so)."""
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    try:
+        return tuple(
+            Token(
+                str(token["token"]),
+                float(token["logprob"]),
+                tuple((str(other["token"]), float(other["logprob"])) for other in token.get("top_logprobs") or ()),
+            )
+            for token in content or ()
+        )
+    except (KeyError, TypeError, ValueError):
+        raise Malformed("log-probs in another shape") from None
+
+
+def _completion_tokens(logprobs: Any) -> tuple[Token, ...]:
+    """The same as the completion route gives them: parallel lists."""
+    if not isinstance(logprobs, dict):
+        return ()
+    try:
+        texts, own = logprobs.get("tokens") or [], logprobs.get("token_logprobs") or []
+        top = logprobs.get("top_logprobs") or [{}] * len(texts)
+        return tuple(
+            Token(str(text), float(p), tuple((str(t), float(q)) for t, q in (others or {}).items()))
+            for text, p, others in zip(texts, own, top, strict=True)
+        )
+    except (TypeError, ValueError, AttributeError):
+        raise Malformed("log-probs in another shape") from None
 
 
 def _text(content: Any) -> str:
@@ -219,8 +234,3 @@ def _text(content: Any) -> str:
         parts = [part.get("text") for part in content if part.get("type") == "text"]
         return "".join(part for part in parts if isinstance(part, str))
     raise Malformed("content that is no text")
-
-
-def _count(usage: Any, name: str) -> int:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and value > 0 else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from omniopd.errors import ConfigError, StoreError
+from omniopd.ledger import Ledger
 from omniopd.registry import TEACHERS
 from omniopd.settings import Settings
 from omniopd.store import Draw, Store
@@ -32,8 +33,8 @@ class ReplayTeacher:
 
     Config = ReplayConfig
 
-    def __init__(self, config: ReplayConfig, store: Store | None = None) -> None:
-        """Open the recording; `store`, the run's own, is not used.
+    def __init__(self, config: ReplayConfig, store: Store | None = None, ledger: Ledger | None = None) -> None:
+        """Open the recording; the run's own store and ledger are not used.
 
         Raises:
             StoreError: the file is missing or no store, or was recorded by another version.
@@ -99,6 +100,9 @@ class ReplayTeacher:
                 settings["system"],
                 settings["temperature"],
                 settings["top_p"],
+                settings["logprobs"],
+                settings["thinking_tokens"],
+                settings["chat_template"],
             )
             template = settings["template"]
         except KeyError as error:

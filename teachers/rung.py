@@ -1,43 +1,121 @@
-"""The look that settles `continuation: auto`: does an open assistant turn go on literally, or does it start over?"""
+"""Does a rung of the ladder go on literally, or does the teacher start over? The look behind `continuation: auto`.
+
+Two questions, live. The first is the same for every teacher: after "1, 2, 3, 4," comes 5. A model that can't count (a
+small one, a specialist) is asked the second: it answers a prompt of the run's own, and is then given the first half of
+that answer to go on from. One that goes on literally writes the second half again; one that starts over does not.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from rapidfuzz.distance import Levenshtein
 
 from omniopd.errors import TeacherError
 from omniopd.types import Message, Prompt
-from teachers.asks import Manner
-from teachers.transport import Session
-from teachers.wire import Backend, Outcome, RefusedRequest
+from teachers import ladder
+from teachers.asks import Ask, Manner
+from teachers.ladder import Rung
+from teachers.wire import Backend, Completion, Outcome, RefusedRequest
+
+Draw = Callable[[Ask, int, int | None], Awaitable[Outcome[Completion]]]
 
 log = logging.getLogger(__name__)
 
 COUNT = Prompt("continuation-check", (Message("user", "Count from 1 to 10 in digits, separated by commas."),))
 COUNTED, NEXT = "1, 2, 3, 4,", "5"
-MAX_TOKENS = 16
+COUNT_TOKENS, ANSWER_TOKENS = 16, 96
+LEAST_ANSWER = 16  # characters: a shorter answer has no halves to tell apart
+ALIKE = 0.8
 
 
-async def look(session: Session, backend: Backend, manner: Manner) -> tuple[Literal["prefill", "instruct"], Outcome]:
-    """One tiny live check. Anything but the next number means `instruct`, the rung that every chat model has.
+@dataclass
+class Look:
+    """What was seen of one rung: whether it goes on literally (None: the teacher gave no way to tell), and why."""
 
-    A model too small to count is so put on `instruct`: name `continuation: prefill` for one's own server.
+    rung: Rung
+    literal: bool | None = None
+    why: str = ""
+
+
+async def look(draw: Draw, manner: Manner, rung: Rung, prompt: Prompt | None) -> Look:
+    """Whether this rung goes on literally.
+
+    Args:
+        draw: asks the teacher (request, draws, seed).
+        prompt: one of the run's own, for a teacher that can't count.
 
     Raises:
         TeacherError: the teacher can't be reached or does not answer.
     """
-    ask = manner.render("prefill", COUNT, COUNTED, MAX_TOKENS, seed=0)
+    seen = Look(rung)
     try:
-        outcome = await session.call(backend.body(ask, 1, ask.seed))
+        said = await _draw(draw, manner.render(rung, COUNT, COUNTED, COUNT_TOKENS, seed=0))
+        said = continuation(said, COUNTED, rung)
+        if said.lstrip().startswith(NEXT):
+            seen.literal, seen.why = True, f"after '{COUNTED}' the teacher wrote {said[:20]!r}"
+        elif prompt is None:
+            seen.literal, seen.why = False, f"after '{COUNTED}' the teacher wrote {said[:40]!r}"
+        else:
+            await _half_answer(draw, seen, manner, prompt)
     except RefusedRequest as refusal:
-        log.info("continuation: instruct (the open assistant turn was refused: %s)", refusal)
-        return "instruct", Outcome(attempts=1, reason="refused")
-    if outcome.completion is None:
+        seen.literal, seen.why = False, f"refused: {refusal}"
+    return seen
+
+
+async def choose(draw: Draw, backend: Backend, manner: Manner, prompt: Prompt | None) -> tuple[Rung, list[Look]]:
+    """The best rung that a look proves; the last of the back end's needs no proof."""
+    looks: list[Look] = []
+    for rung in backend.rungs[:-1]:
+        seen = await look(draw, manner, rung, prompt)
+        looks.append(seen)
+        log.info("continuation %s: %s (%s)", rung, "goes on" if seen.literal else "not proved", seen.why)
+        if seen.literal:
+            return rung, looks
+    return backend.rungs[-1], looks
+
+
+async def _half_answer(draw: Draw, seen: Look, manner: Manner, prompt: Prompt) -> None:
+    asked = replace(manner, temperature=None if manner.temperature is None else 0.0)
+    answer = await _draw(draw, asked.render("answer", prompt, "", ANSWER_TOKENS, seed=0))
+    prefix = answer[: len(answer) // 2].rstrip()
+    rest = answer[len(prefix) :].strip()
+    if len(answer) < LEAST_ANSWER or alike(rest, answer):
+        seen.why = f"its answer {answer[:40]!r} has no halves to tell apart"
+        return
+    said = await _draw(draw, asked.render(seen.rung, prompt, prefix, ANSWER_TOKENS, seed=0))
+    said = continuation(said, prefix, seen.rung)
+    seen.literal = alike(said.strip(), rest)
+    seen.why = f"after half of its own answer, {prefix[-20:]!r}, it wrote {said[:30]!r} (before: {rest[:30]!r})"
+    if not seen.literal and alike(said.strip(), answer):
+        seen.why += ": it started over"
+
+
+async def _draw(draw: Draw, ask: Ask) -> str:
+    outcome = await draw(ask, 1, ask.seed)
+    if outcome.value is None:
         raise TeacherError(
-            f"teacher at {backend.url} did not answer the continuation check ({outcome.detail}); "
+            f"the teacher did not answer the continuation check ({outcome.detail}); "
             "check the server, or name the rung in teacher.continuation"
         )
-    said = outcome.completion.choices[0].text
-    rung: Literal["prefill", "instruct"] = "prefill" if said.lstrip().startswith(NEXT) else "instruct"
-    log.info("continuation: %s (after '%s' the teacher wrote %r)", rung, COUNTED, said[:40])
-    return rung, outcome
+    return outcome.value.choices[0].text
+
+
+def continuation(said: str, prefix: str, rung: Rung) -> str:
+    """A reply without the echo that the rung asks for; empty if it is not there."""
+    if rung != "instruct":
+        return said
+    return ladder.strip_echo(ladder.split_thought(said)[0], prefix) or ""
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two texts agree at equal length."""
+    size = min(len(one), len(other), 40)
+    return size > 0 and bool(Levenshtein.normalized_similarity(one[:size], other[:size]) >= ALIKE)
+
+
+def why_not(looks: Sequence[Look]) -> str:
+    """What the looks that failed saw, in one line."""
+    return "; ".join(f"{seen.rung}: {seen.why}" for seen in looks if not seen.literal)

@@ -15,17 +15,19 @@ MAY_IMPORT = {
     "omniopd/errors.py": set(),
     "omniopd/registry.py": {"omniopd.errors"},
     "omniopd/settings.py": {"omniopd.registry"},
+    "omniopd/chat.py": SHARED,
     "omniopd/sampling.py": SHARED,
     "omniopd/store.py": SHARED,
+    "omniopd/ledger.py": SHARED | {"omniopd.store"},
     "omniopd/verification/": SHARED | {"omniopd.verification"},
     "omniopd/losses.py": SHARED | {"omniopd.objective"},
     "omniopd/scores/": SHARED | {"omniopd.verification"},
     "omniopd/signals/": SHARED | {"omniopd.verification", "omniopd.signals"},
     "omniopd/methods/": SHARED
     | {"omniopd.verification", "omniopd.sampling", "omniopd.method", "omniopd.objective", "omniopd.branches"},
-    "teachers/": SHARED | {"omniopd.store", "omniopd.sampling", "teachers"},
+    "teachers/": SHARED | {"omniopd.store", "omniopd.ledger", "omniopd.chat", "omniopd.sampling", "teachers"},
     "students/": SHARED
-    | {"omniopd.sampling", "omniopd.losses", "omniopd.objective", "omniopd.verification.text", "students"},
+    | {"omniopd.chat", "omniopd.sampling", "omniopd.losses", "omniopd.objective", "omniopd.verification.text", "students"},
     "evals/": SHARED | {"evals"},
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from omniopd.registry import TEACHERS
 from omniopd.store import Store
 from omniopd.types import AnswerQuery, Chunk, ContinueQuery, Message, Prompt
 from teachers.openai import OpenAIConfig, OpenAITeacher
@@ -61,13 +62,15 @@ class Script:
     def __init__(self, answer: Callable[[dict[str, Any]], Said] | list[Said]) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.urls: list[str] = []
         self._queue = list(answer) if isinstance(answer, list) else None
         self._answer = answer if callable(answer) else None
         self._lock = threading.Lock()
 
-    def __call__(self, raw: bytes, headers: dict[str, str]) -> Said:
+    def __call__(self, raw: bytes, headers: dict[str, str], url: str = "") -> Said:
         body = json.loads(raw)
         with self._lock:
+            self.urls.append(url)
             self.bodies.append(body)
             self.headers.append(headers)
             if self._queue is not None:
@@ -81,7 +84,7 @@ class Script:
 
     def mock(self) -> httpx.MockTransport:
         def handle(request: httpx.Request) -> httpx.Response:
-            said = self(request.content, dict(request.headers))
+            said = self(request.content, dict(request.headers), str(request.url))
             return httpx.Response(said.status, content=said.raw, headers={"content-type": said.kind, **said.headers})
 
         return httpx.MockTransport(handle)
@@ -172,6 +175,12 @@ class Bench:
             }
         )
         return OpenAITeacher(config, self.store, http=script.mock() if script else None, sleep=self.sleep)
+
+    def make(self, kind: str, script: Script | None = None, **settings: Any) -> Any:
+        """A teacher of any type behind HTTP, made from its settings as a config would."""
+        component = TEACHERS.get(kind)
+        config = component.Config(**{"type": kind, "model": "scripted", "api_key_env": "OMNI_TEST_KEY", **settings})
+        return component(config, self.store, http=script.mock() if script else None, sleep=self.sleep)
 
 
 @pytest.fixture

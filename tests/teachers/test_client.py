@@ -96,7 +96,7 @@ def test_l14_hidden_reasoning_known_by_its_token_count(bench: Any) -> None:
 
 
 def test_s9_two_draws_have_two_keys(bench: Any) -> None:
-    ask = bench.teacher(honest(bench))._manner.ask(bench.continue_query())
+    ask = bench.teacher(honest(bench)).manner.ask(bench.continue_query())
     others = [
         replace(ask, seed=ask.seed + 1),
         replace(ask, max_tokens=17),
@@ -195,7 +195,7 @@ def test_r15_every_request_states_temperature_top_p_and_the_limit(bench: Any, ru
     teacher = bench.teacher(script, continuation=rung)
     gather(teacher, bench.continue_query(), bench.continue_query(prefix="", row=1), bench.answer_query(row=2))
     for body in script.bodies:
-        assert (body["temperature"], body["top_p"]) == (1.0, 1.0)
+        assert (body["temperature"], body["top_p"]) in [(1.0, 1.0), (0.0, 1.0)]  # a look asks for the likeliest
         assert body["max_tokens"] >= 16
         assert body["model"] == "scripted"
 
@@ -274,7 +274,7 @@ def test_the_meter(bench: Any) -> None:
     total = sum((evidence.usage for evidence in gather(teacher, *queries)), Usage())
     assert (total.calls, total.prompt_tokens, total.completion_tokens) == (3, 3000, 93)
     assert total.cost_usd == pytest.approx((3000 * 2 + 93 * 8) / 1e6)
-    keys = [key for query in queries for key in teacher._manner.ask(query).keys(3)]
+    keys = [key for query in queries for key in teacher.manner.ask(query).keys(3)]
     draws = bench.store.get_many(keys).values()
     assert (sum(d.prompt_tokens for d in draws), sum(d.completion_tokens for d in draws)) == (3000, 93)
     assert {draw.model for draw in draws} == {"scripted-1"}
@@ -289,9 +289,9 @@ def test_progress_and_empty_gathers(bench: Any) -> None:
     assert found[3].replies == ()
 
 
-def test_s10_a_cancelled_gather_keeps_what_arrived(bench: Any) -> None:
+def test_s10_a_cancelled_gather_keeps_what_arrived_and_what_was_under_way(bench: Any) -> None:
     slow = bench.say(" late")
-    slow.delay_s = 3.0
+    slow.delay_s = 1.5
     script = bench.Script(lambda body: slow if body["seed"] >= 300 else bench.say(*"abcd"))
     queries = [bench.continue_query(start=start, seed=100 * start) for start in (1, 2, 3)]
 
@@ -302,7 +302,7 @@ def test_s10_a_cancelled_gather_keeps_what_arrived(bench: Any) -> None:
 
     with bench.serving(script) as url:
         asyncio.run(cancelled(bench.teacher(base_url=url)))
-    assert bench.store.stats().answers == 8
+    assert bench.store.stats().answers == 9  # a call under way is paid for
 
 
 def test_a_store_that_fails_ends_the_gather(bench: Any) -> None:
@@ -322,7 +322,7 @@ def test_auto_takes_prefill_where_the_turn_goes_on(bench: Any, caplog: pytest.Lo
     assert teacher.capabilities.continuation == "prefill"
     assert script.bodies[0]["messages"][-1] == {"role": "assistant", "content": "1, 2, 3, 4,"}
     assert evidence.usage == Usage(2, 0, 120, 13)
-    assert "continuation: prefill" in caplog.text
+    assert "continuation prefill: goes on" in caplog.text
     again = bench.teacher(script, continuation="auto")
     gather(again, bench.continue_query(seed=9))
     assert again.capabilities.continuation == "prefill"

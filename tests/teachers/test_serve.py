@@ -12,13 +12,15 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from omniopd.chat import ChatTemplate
 from omniopd.cli import main
 from omniopd.errors import TeacherError
 from omniopd.store import Store
 from omniopd.types import AnswerQuery, Chunk, ContinueQuery, Message, Prompt
 from teachers.local import local_server
 from teachers.openai import OpenAIConfig, OpenAITeacher
-from teachers.serve import TextModel, application
+from teachers.serve import application
+from teachers.transformers import TransformersEngine
 
 TEACHER = Path(__file__).resolve().parents[2] / "examples" / "demo" / "teacher"
 QUESTION = "Ann has 12 apples. Ann buys 7 more. Ann gives 5 to Ben. How many apples does Ann have now?"
@@ -27,7 +29,8 @@ USER = {"role": "user", "content": QUESTION}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(application(TextModel.load(str(TEACHER)))) as client:
+    engine = TransformersEngine.load(str(TEACHER), ChatTemplate.load(str(TEACHER), "model"), field="model")
+    with TestClient(application(engine, "teacher")) as client:
         yield client
 
 

@@ -1,0 +1,29 @@
+"""Small pieces that the formats of several providers share: checking `extra_body`, reading words and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+
+def not_stated(extra: dict[str, Any], stated: Set[str]) -> dict[str, Any]:
+    """Extra fields of a request, checked.
+
+    Raises:
+        ValueError: one of them is stated by every request.
+    """
+    if taken := sorted(stated & extra.keys()):
+        raise ValueError(f"must not hold {', '.join(taken)}: every request states it from its own setting")
+    return extra
+
+
+def count(holder: Any, name: str) -> int:
+    """A number of tokens; 0 where there is none."""
+    value = holder.get(name) if isinstance(holder, dict) else None
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def word(holder: Any, name: str) -> str:
+    """A text, or "" where there is none."""
+    value = holder.get(name) if isinstance(holder, dict) else None
+    return value if isinstance(value, str) else ""
