@@ -1,4 +1,4 @@
-"""The command line: `omniopd train|eval|verify|report|controls|serve`. Our errors are one line and exit code 2."""
+"""The command line. Our errors are one line and exit code 2, or 3 where the budget is spent."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from omniopd.errors import OmniError
+from omniopd.errors import ConfigError, OmniError, RunError
+from omniopd.tables import (
+    gain,
+    print_audit,
+    print_cache,
+    print_fidelity,
+    print_probe,
+    print_prompts,
+    print_summary,
+    share,
+)
 from omniopd.version import __version__
 
 
@@ -68,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--prompt", required=True, help="the question")
     verify.add_argument("--answer", required=True, help="the answer to audit, as if the student had written it")
     verify.add_argument("--json", action="store_true", help="print the audit record as JSON")
+    probing = command("probe", _probe, "Ask the live teacher what it really does; a few cents, said beforehand.")
+    probing.add_argument("--fidelity", action="store_true", help="compare the rungs of the continuation ladder too")
+    probing.add_argument("--yes", action="store_true", help="do not ask before paid calls")
+    probing.add_argument("--json", action="store_true", help="print the record as JSON")
+    cache = command("cache", _cache, "Look into an answer store, thin it out, or write it out.", config=False)
+    cache.add_argument("action", choices=["stats", "prune", "export"])
+    cache.add_argument("store", type=Path, help="the store's file, or a run's folder")
+    cache.add_argument("--teacher", help="prune: only this teacher's draws (its fingerprint, see stats)")
+    cache.add_argument("--older-than", type=float, metavar="DAYS", help="prune: only draws older than this")
+    cache.add_argument("--rejected", action="store_true", help="prune: only replies that a rule rejected")
+    cache.add_argument("--dry-run", action="store_true", help="prune: only count")
+    cache.add_argument("--what", choices=["draws", "calls"], default="draws", help="export: answers, or the ledger")
+    cache.add_argument("--out", type=Path, help="export: the JSON Lines file to write (default: print)")
     report = command("report", _report, "Write a run's report as one HTML file.", config=False)
     report.add_argument("run", type=Path, help="the run's folder")
     controls = command("controls", _controls, "Run the placebos: shuffled, constant, teacher-is-the-student.")
@@ -108,7 +132,7 @@ def _train(arguments: argparse.Namespace) -> None:
         Console().print(table)
         return
     summary = Run(config, Progress()).train(resume=arguments.resume)
-    _print_summary(summary)
+    print_summary(summary)
     print(f"report: {write_report(config.output)}")
     print(f"student: {config.output / 'student'}")
 
@@ -134,7 +158,67 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        _print_audit(record)
+        print_audit(record)
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from omniopd.config import load_config
+    from omniopd.probing import probe_run
+    from omniopd.progress import Progress
+    from omniopd.run import Run
+
+    run = Run(load_config(arguments.config, arguments.overrides), Progress())
+    found = asyncio.run(probe_run(run, fidelity=arguments.fidelity, agree=None if arguments.yes else _agree))
+    if arguments.json:
+        print(json.dumps(found.record, indent=2, ensure_ascii=False))
+        return
+    print_probe(found.record)
+    print_prompts(found.prompts)
+    if found.fidelity:
+        print_fidelity(found.fidelity)
+    for sentence in found.disproved:
+        print(f"omniopd train would refuse: {sentence}")
+
+
+def _agree(cost: str) -> bool:
+    """Ask the user, where there is one."""
+    print(cost, flush=True)
+    return not sys.stdin.isatty() or input("go on? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    import time
+
+    from omniopd.store import Store
+
+    path = arguments.store / "answers.sqlite" if arguments.store.is_dir() else arguments.store
+    store = Store(path, create=False)
+    try:
+        if arguments.action == "stats":
+            print_cache(str(path), path.stat().st_size, store.stats())
+        elif arguments.action == "prune":
+            before = None if arguments.older_than is None else time.time() - arguments.older_than * 86_400
+            if arguments.teacher is None and before is None and not arguments.rejected:
+                raise ConfigError("cache prune: name what to delete: --teacher, --older-than or --rejected")
+            gone = store.prune(
+                teacher=arguments.teacher, before=before, rejected=arguments.rejected, dry_run=arguments.dry_run
+            )
+            print(
+                f"{gone:,} draws {'would be ' if arguments.dry_run else ''}deleted; what they cost stays on the books"
+            )
+        else:
+            rows = store.draws() if arguments.what == "draws" else store.calls()
+            _write_lines(rows, arguments.out)
+    finally:
+        store.close()
+
+
+def _write_lines(rows: Iterable[Mapping[str, Any]], out: Path | None) -> None:
+    try:
+        with out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as target:
+            target.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise RunError(f"--out: {out}: {error.strerror or error}") from None
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -151,7 +235,7 @@ def _controls(arguments: argparse.Namespace) -> None:
     table = Table("control", "seed", "before", "after", "gain in points (95 %)")
     for row in rows:
         table.add_row(
-            row["control"], str(row["seed"]), _share(row["before"]), _share(row["after"]), _gain(row["difference"])
+            row["control"], str(row["seed"]), share(row["before"]), share(row["after"]), gain(row["difference"])
         )
     Console().print(table)
 
@@ -160,68 +244,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     from teachers.serve import serve
 
     serve(arguments.model, host=arguments.host, port=arguments.port, name=arguments.name)
-
-
-# ---------------------------------------------------------------------- what is printed
-
-
-def _share(figures: dict[str, Any]) -> str:
-    low, high = figures["ci95"]
-    return f"{figures['accuracy']:.1%} ({low:.1%} to {high:.1%})"
-
-
-def _gain(difference: dict[str, float]) -> str:
-    return f"{difference['mean'] * 100:+.1f} ({difference['low'] * 100:+.1f} to {difference['high'] * 100:+.1f})"
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    measured, teacher = summary["eval"], summary["teacher"]
-    table = Table("", "accuracy (95 % interval)", "n", title="held-out problems")
-    for name in ("before", "after", "teacher"):
-        if measured.get(name):
-            label = f"student {name}" if name != "teacher" else "teacher"
-            table.add_row(label, _share(measured[name]), str(measured[name]["n"]))
-    if "difference" in measured:
-        table.add_row("gain, in points", _gain(measured["difference"]), "")
-    console = Console()
-    if table.rows:
-        console.print(table)
-    asked = Table(
-        "calls", "from the store", "tokens in", "tokens out", "cost", "coverage", title="asked of the teacher"
-    )
-    asked.add_row(
-        f"{teacher['calls']:,}",
-        f"{teacher['cached_calls']:,}",
-        f"{teacher['prompt_tokens']:,}",
-        f"{teacher['completion_tokens']:,}",
-        f"${teacher['cost_usd']:.4f}",
-        f"{summary['signal']['coverage']:.0%}",
-    )
-    console.print(asked)
-    holes = {**summary["drops"], **{f"{reason} (replies)": count for reason, count in summary["rejects"].items()}}
-    if holes:
-        console.print("holes: " + ", ".join(f"{reason} {count}" for reason, count in sorted(holes.items())))
-
-
-def _print_audit(record: dict[str, Any]) -> None:
-    from rich.markup import escape
-
-    console = Console()
-    for chunk in record["chunks"]:
-        before = escape(record["text"][: chunk["char_start"]][-60:])
-        console.print(f"\n[dim]...{before}[/dim][bold]{escape(chunk['text'])}[/bold]")
-        if chunk["dropped"]:
-            console.print(f"  dropped: {chunk['dropped']} {chunk['rejected']}")
-            continue
-        score = f"{chunk['score']:.2f}" if chunk["score"] is not None else "-"
-        console.print(
-            f"  entropy {chunk['entropy']:.2f} nats, score {score} = k {chunk['k']:.2f} of {chunk['n_eff']} replies"
-        )
-        console.print(f"  value of each token: {chunk['values']}")
-        for reply in chunk["replies"]:
-            console.print(f"  {reply.get('score', 0):.2f}  {escape(repr(reply['text']))}", highlight=False)
-    if not record["chunks"]:
-        console.print("no chunk fits this answer; lower method.chunk_tokens")
 
 
 def command_line() -> None:

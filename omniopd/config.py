@@ -51,6 +51,12 @@ class RunConfig(Settings):
     eval: EvalSettings = EvalSettings()
     output: Path = Path("runs/run")
     store: Path | None = Field(default=None, description="answer store; default: answers.sqlite in the output folder")
+    prices: Path | None = Field(
+        default=None, description="YAML file of prices: date, models with USD per million tokens"
+    )
+    budget_usd: float | None = Field(
+        default=None, gt=0, description="stop before the teacher has cost more (exit code 3)"
+    )
     seed: int = Field(default=0, ge=0)
 
     @property

@@ -6,12 +6,15 @@ import importlib.metadata
 import json
 import math
 import platform
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from omniopd.config import RunConfig, dump_config
 from omniopd.errors import RunError
@@ -33,6 +36,10 @@ _PACKAGES = (
 )
 
 
+# A run may be made longer and dearer; which teacher it is, `check_teacher` decides by its fingerprint.
+_MAY_CHANGE = ("train.steps", "budget_usd", "prices", "teacher.")
+
+
 @dataclass
 class Record:
     """How far a run is and what it has counted; it travels in the checkpoint."""
@@ -43,6 +50,7 @@ class Record:
     coverage_sum: float = 0.0
     drops: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
+    teachers: dict[str, dict[str, int]] = field(default_factory=dict)  # counts of each, where there are several
     before: dict[str, Any] | None = None
     teacher: dict[str, Any] | None = None
 
@@ -54,6 +62,8 @@ class Record:
         self.coverage_sum += row["coverage"]
         self.drops.update(row["drops"])
         self.rejects.update(row["rejects"])
+        for name, counts in row.get("teachers", {}).items():
+            self.teachers[name] = dict(Counter(self.teachers.get(name, {})) + Counter(counts))
 
     def to_json(self) -> dict[str, Any]:
         counters = {"drops": dict(self.drops), "rejects": dict(self.rejects)}
@@ -75,26 +85,30 @@ class RunFolder:
     def __init__(self, config: RunConfig, *, resume: bool) -> None:
         self.path = config.output
         self.config = config
-        text = dump_config(config)
-        existing = self.path / "config.yaml"
+        existing, manifest = self.path / "config.yaml", self.path / "manifest.json"
         with self.writing():
             if existing.exists():
-                self._check_same(existing.read_text(encoding="utf-8"), text, resume)
+                self._check_same(existing.read_text(encoding="utf-8"), resume)
             self.path.mkdir(parents=True, exist_ok=True)
-            existing.write_text(text, encoding="utf-8")
+            existing.write_text(dump_config(config), encoding="utf-8")
+            began = json.loads(manifest.read_text(encoding="utf-8")) if resume and manifest.exists() else {}
+        self.run_id: str = began.get("run_id") or secrets.token_hex(8)  # the run's name in the ledger
         if not resume:
             for log in ("metrics.jsonl", "audits.jsonl", "summary.json"):
                 (self.path / log).unlink(missing_ok=True)
 
-    def _check_same(self, old: str, new: str, resume: bool) -> None:
+    def _check_same(self, old: str, resume: bool) -> None:
         if not resume:
             raise RunError(
                 f"output: {self.path} holds a run already; use --resume to continue it, or another output folder"
             )
-        changed = [line for line in new.splitlines() if line not in old.splitlines()]
-        extended = [line for line in changed if line.strip().split(":")[0] in ("steps",)]  # a run may be made longer
-        if set(changed) - set(extended):
-            raise RunError(f"output: {self.path} holds another run: its config.yaml has no line '{changed[0].strip()}'")
+        before, now = _leaves(yaml.safe_load(old)), _leaves(self.config.model_dump(mode="json"))
+        for name in [*now, *before]:
+            if before.get(name) != now.get(name) and not name.startswith(_MAY_CHANGE):
+                raise RunError(
+                    f"output: {self.path} holds another run: there {name} is {before.get(name)}, not {now.get(name)}; "
+                    "set it back, or use another output folder"
+                )
 
     # ------------------------------------------------------------------ writing
 
@@ -118,7 +132,7 @@ class RunFolder:
         with self.writing(), (self.path / name).open("a", encoding="utf-8") as log:
             log.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
 
-    def write_manifest(self, fingerprint: str, policy: Policy) -> None:
+    def write_manifest(self, fingerprint: str, policy: Policy, probe: Mapping[str, Any] | None = None) -> None:
         """What made this run: versions, machine kind, the teacher's fingerprint, what the student's model can do."""
         versions: dict[str, str | None] = {}
         for package in _PACKAGES:
@@ -127,9 +141,11 @@ class RunFolder:
             except importlib.metadata.PackageNotFoundError:
                 versions[package] = None
         manifest = {
+            "run_id": self.run_id,
             "versions": {"python": platform.python_version(), **versions},
             "machine": {"system": platform.system(), "processor": platform.machine()},
             "teacher_fingerprint": fingerprint,
+            "teacher_probe": probe,
             "student": {
                 "path": policy.settings.path,
                 "parameters": policy.parameters,
@@ -189,6 +205,17 @@ class RunFolder:
             if row["step"] <= step:
                 kept.append(line + "\n")
         log.write_text("".join(kept), encoding="utf-8")
+
+
+def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    """The values of a config by dotted name."""
+    if not isinstance(tree, Mapping):
+        return {name: tree}
+    return {
+        dotted: leaf
+        for key, value in tree.items()
+        for dotted, leaf in _leaves(value, f"{name}.{key}".strip(".")).items()
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -6,18 +6,27 @@ them, instead of guessing lengths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from omniopd.ledger import Ledger, Price, read_prices
+from omniopd.registry import TEACHERS
 from omniopd.run import Run
-from omniopd.types import ContinueQuery, Query
+from omniopd.store import Store
+from omniopd.types import ContinueQuery, Query, Usage
+from teachers.probe import disproved
 
 SAMPLED = 16  # rollouts that the forecast is made from
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Teacher use of a whole run. Tokens are counted with the student's tokenizer; the teacher's may differ."""
+    """Teacher use of a whole run, and where the numbers are from.
+
+    Without a pilot, tokens are counted with the student's tokenizer (the teacher's may differ), and a prompt cache is not
+    reckoned with. With one (`omniopd probe`), they are what the first queries of this very run really used.
+    """
 
     calls: int
     prompt_tokens: int
@@ -25,26 +34,62 @@ class Forecast:
     completion_tokens_expected: int
     cost_limit_usd: float | None
     cost_expected_usd: float | None
+    measured: bool = False
 
 
-def forecast(run: Run) -> Forecast:
-    """Count what the method asks about a few rollouts, and scale it up to all steps."""
+def forecast(run: Run, price: Price | None = None, pilot: Mapping[str, float] | None = None) -> Forecast:
+    """Count what the method asks about a few rollouts, and scale it up to all steps.
+
+    Args:
+        pilot: calls and tokens that one query really used, from a probe's record.
+    """
     train = run.config.train
     count = min(SAMPLED, train.prompts_per_step, len(run.task.train))
     prompts = run.prompts(1)[:count]
     rollouts = run.sampler.sample(prompts, 1) if run.method.on_policy else run.sampler.unwritten(prompts)
     queries = run.method.audit(rollouts, 1)
     scale = train.steps * train.prompts_per_step / count
-    read = sum(_prompt_tokens(run, query) for query in queries) * scale
+    asked = len(queries) * scale
     limit = sum(query.n * query.max_tokens for query in queries) * scale
-    expected = sum(query.n * _expected_tokens(query) for query in queries) * scale
-    price = getattr(run.config.teacher, "price", None)
-    cost = (
-        (lambda written: (read * price.prompt + written * price.completion) / 1e6) if price else (lambda written: None)
-    )
+    if pilot is None:
+        calls = asked
+        expected = Usage(
+            prompt_tokens=round(sum(_prompt_tokens(run, query) for query in queries) * scale),
+            completion_tokens=round(sum(query.n * _expected_tokens(query) for query in queries) * scale),
+        )
+    else:
+        calls = pilot["calls"] * asked
+        expected = Usage(
+            prompt_tokens=round(pilot["prompt"] * asked),
+            completion_tokens=round(pilot["completion"] * asked),
+            cache_read_tokens=round(pilot["cache_read"] * asked),
+            cache_write_tokens=round(pilot["cache_write"] * asked),
+        )
+    worst = Usage(prompt_tokens=expected.prompt_tokens, completion_tokens=round(limit))
     return Forecast(
-        round(len(queries) * scale), round(read), round(limit), round(expected), cost(limit), cost(expected)
+        calls=round(calls),
+        prompt_tokens=expected.prompt_tokens,
+        completion_tokens_limit=round(limit),
+        completion_tokens_expected=expected.completion_tokens,
+        cost_limit_usd=price.cost(worst) if price else None,
+        cost_expected_usd=price.cost(expected) if price else None,
+        measured=pilot is not None,
     )
+
+
+def known_of(run: Run) -> tuple[Price | None, dict[str, Any] | None]:
+    """The teacher's price and the last probe's record, from the config and the run's store, with nothing sent."""
+    config = run.config
+    prices = read_prices(config.prices) if config.prices else None
+    if not config.store_path.exists():
+        price = getattr(config.teacher, "price", None)
+        return price or (prices.find(getattr(config.teacher, "model", "")) if prices else None), None
+    store = Store(config.store_path)
+    try:
+        teacher = TEACHERS.build(config.teacher, store, Ledger(store, prices=prices))
+        return getattr(teacher, "price", None), getattr(teacher, "probe", None)
+    finally:
+        store.close()
 
 
 def _prompt_tokens(run: Run, query: Query) -> int:
@@ -79,15 +124,20 @@ def memory_gb(run: Run) -> dict[str, float]:
 
 def describe(run: Run) -> Sequence[tuple[str, str]]:
     """The plan as rows of (what, value)."""
-    config, method, ahead = run.config, run.config.method, forecast(run)
+    config, method = run.config, run.config.method
+    price, probed = known_of(run)
+    ahead = forecast(run, price, (probed or {}).get("pilot"))
     memory = memory_gb(run)
     signals = [signal.name for signal in getattr(method, "signals", [])]
     score = getattr(getattr(method, "score", None), "name", None)
     money = (
-        "no teacher.price is set, so no price forecast"
+        "no price is known (teacher.price, or a file in prices), so no price forecast"
         if ahead.cost_expected_usd is None
         else f"${ahead.cost_expected_usd:,.2f} expected, ${ahead.cost_limit_usd:,.2f} at most (without any cache discount)"
     )
+    if config.budget_usd is not None:
+        money += f"; budget ${config.budget_usd:g}"
+    source = "measured by the probe's pilot" if ahead.measured else "estimated; omniopd probe measures it"
     rows = [
         (
             "student",
@@ -105,7 +155,11 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
             f"{config.train.steps} of {config.train.prompts_per_step} prompts, lr {config.train.learning_rate:g}",
         ),
         ("teacher calls", f"{ahead.calls:,}"),
-        ("teacher tokens", f"{ahead.prompt_tokens:,} in, up to {ahead.completion_tokens_limit:,} out"),
+        (
+            "teacher tokens",
+            f"{ahead.prompt_tokens:,} in, {ahead.completion_tokens_expected:,} out ({source}); at most "
+            f"{ahead.completion_tokens_limit:,} out",
+        ),
         ("price", money),
         ("memory", f"about {sum(memory.values()):.2f} GB: " + ", ".join(f"{n} {gb:.2f}" for n, gb in memory.items())),
         ("output", str(config.output)),
@@ -113,4 +167,6 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
     if config.eval.teacher:
         limit = len(run.heldout) * config.eval.teacher_tokens
         rows.insert(9, ("eval.teacher", f"{len(run.heldout)} more calls, up to {limit:,} tokens out"))
+    rows += [("probe", f"{probed['at']}: continuation {probed['rung']}")] if probed else []
+    rows += [("refused", sentence) for sentence in disproved(config.teacher, probed)] if probed else []
     return rows + [("caution", caution) for caution in run.cautions()]

@@ -7,17 +7,18 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from evals.runner import Evaluation, evaluate
 from omniopd.config import RunConfig
-from omniopd.errors import ConfigError, OmniError, RunError, TeacherError
+from omniopd.errors import BudgetSpent, ConfigError, OmniError, RunError, TeacherError
 from omniopd.folder import Record, RunFolder
+from omniopd.ledger import Ledger, read_prices
 from omniopd.method import Method, missing
 from omniopd.progress import Progress
+from omniopd.prompt_check import check_prompts
 from omniopd.registry import METHODS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
@@ -27,6 +28,7 @@ from students.checkpoint import save_student
 from students.policy import Policy
 from students.rollouts import Sampler
 from students.trainer import Trainer
+from teachers.probe import refuse_disproved
 
 
 class Run:
@@ -98,13 +100,12 @@ class Run:
         for caution in self.cautions():
             self.progress.say(f"caution: {caution}")
         folder = RunFolder(self.config, resume=resume)
-        with folder.writing():
-            self.config.store_path.parent.mkdir(parents=True, exist_ok=True)
-        async with open_teacher(self, self.config.store_path) as teacher:
+        async with open_teacher(self, folder.run_id) as (teacher, ledger):
             if resume:
                 folder.check_teacher(teacher.fingerprint)
+            await self.check_teacher(teacher)
             record = folder.restore(self.policy, self.trainer)
-            folder.write_manifest(teacher.fingerprint, self.policy)
+            folder.write_manifest(teacher.fingerprint, self.policy, getattr(teacher, "probe", None))
             if record.before is None and self.heldout:
                 record.before = self.evaluate("before").to_json(samples=20)
                 folder.log({"step": 0, "eval": figures(record.before)})
@@ -112,7 +113,7 @@ class Run:
                 folder.checkpoint(record, self.policy, self.trainer)
             status = "failed"
             try:
-                await self._loop(folder, record, teacher)
+                await self._loop(folder, record, teacher, ledger)
                 after = self.evaluate("after") if self.heldout else None
                 if self.config.eval.teacher and self.heldout and record.teacher is None:
                     taught, usage = await self.ask_teacher(teacher)
@@ -121,17 +122,20 @@ class Run:
             except (KeyboardInterrupt, asyncio.CancelledError):
                 status = "interrupted"
                 raise
+            except BudgetSpent:
+                status = "out of budget"
+                raise
             finally:
                 if status != "finished":
-                    self._stop(folder, record, status)
+                    self._stop(folder, record, ledger, status)
             with folder.writing():
                 save_student(folder.path / "student", self.policy)
             self.trainer.accelerator.end_training()
-            finished = summary(self.config, record, status, self.policy.parameters, after)
+            finished = summary(self.config, record, ledger, status, self.policy.parameters, after)
             folder.write_summary(finished)
             return finished
 
-    async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher) -> None:
+    async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher, ledger: Ledger) -> None:
         config = self.config.train
         silent = 0
         accuracy = record.before["accuracy"] if record.before else None
@@ -147,23 +151,34 @@ class Run:
                 folder.log(row)
                 self.trainer.accelerator.log(flat(row), step=record.step)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
-                bar.advance(headline(row, record, accuracy))
+                bar.advance(headline(row, record, ledger, accuracy))
                 if record.step % config.save_every == 0 or record.step == config.steps:
                     folder.checkpoint(record, self.policy, self.trainer)
+                if record.step == min(5, config.steps):
+                    for name in self.unheard(record):
+                        self.progress.say(f"caution: teacher '{name}' has spoken about no token in {record.step} steps")
                 silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0
                 if silent >= config.max_silent_steps:
                     raise _silence(silent, record, folder)
+
+    def unheard(self, record: Record) -> list[str]:
+        """Of several teachers those that have had no share so far (trap S8)."""
+        return [
+            name
+            for name in getattr(self.config.teacher, "teachers", {})
+            if not record.teachers.get(name, {}).get("tokens")
+        ]
 
     def _measures_at(self, step: int) -> bool:
         every = self.config.eval.every
         return bool(every and self.heldout) and step % every == 0 and step < self.config.train.steps
 
-    def _stop(self, folder: RunFolder, record: Record, status: str) -> None:
+    def _stop(self, folder: RunFolder, record: Record, ledger: Ledger, status: str) -> None:
         """Keep what there is, if the weights are those after the last whole step; otherwise the last checkpoint counts."""
         try:
             if self.trainer.whole and self.trainer.updates == record.step:
                 folder.checkpoint(record, self.policy, self.trainer)
-            folder.write_summary(summary(self.config, record, status, self.policy.parameters))
+            folder.write_summary(summary(self.config, record, ledger, status, self.policy.parameters))
         except RunError:
             self.progress.say("the last checkpoint could not be written; an earlier one is kept")
 
@@ -173,6 +188,13 @@ class Run:
             raise ConfigError(
                 f"method: needs {' and '.join(lacking)}, which this teacher does not offer; choose another teacher or method"
             )
+
+    async def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse what a probe has disproved, and prompts that student and teacher see differently (trap R3)."""
+        refuse_disproved(self.config.teacher, getattr(teacher, "probe", None))
+        allowed = getattr(self.config.teacher, "allow_prompt_difference", False)
+        if noted := await check_prompts(self.policy, teacher, self.task.train[0], allowed):
+            self.progress.say(f"caution: {noted}")
 
     # ------------------------------------------------------------------ measuring
 
@@ -231,22 +253,27 @@ def _silence(steps: int, record: Record, folder: RunFolder) -> OmniError:
 
 
 @asynccontextmanager
-async def open_teacher(run: Run, store_path: Path) -> AsyncIterator[Teacher]:
-    """The config's teacher with its answer store, closed at the end; refused if it can't give what the method needs."""
-    store = Store(store_path)
-    teacher: Teacher = TEACHERS.build(run.config.teacher, store)
+async def open_teacher(run: Run, run_id: str = "") -> AsyncIterator[tuple[Teacher, Ledger]]:
+    """The config's teacher with its store and ledger, closed at the end; refused if it can't give what the method needs."""
+    config = run.config
+    prices = read_prices(config.prices) if config.prices else None
+    config.store_path.parent.mkdir(parents=True, exist_ok=True)
+    store = Store(config.store_path)
+    ledger = Ledger(store, run_id, prices=prices, budget_usd=config.budget_usd)
     try:
-        run.check_needs(teacher)
-        yield teacher
+        teacher: Teacher = TEACHERS.build(config.teacher, store, ledger)
+        try:
+            run.check_needs(teacher)
+            yield teacher, ledger
+        finally:
+            await teacher.close()
     finally:
-        await teacher.close()
         store.close()
 
 
 async def measure_teacher(run: Run) -> Evaluation:
     """The teacher's accuracy on the run's held-out problems; its answers are kept in the run's store."""
-    run.config.store_path.parent.mkdir(parents=True, exist_ok=True)
-    async with open_teacher(run, run.config.store_path) as teacher:
+    async with open_teacher(run) as (teacher, _):
         return (await run.ask_teacher(teacher))[0]
 
 
@@ -254,8 +281,7 @@ async def verify_answer(run: Run, question: str, answer: str) -> dict[str, Any]:
     """Audit one given answer; returns its record: chunks, continuations, scores and values."""
     prompt = Prompt("verify", (Message("user", question),))
     rollouts = [run.sampler.given(prompt, answer)]
-    run.config.store_path.parent.mkdir(parents=True, exist_ok=True)
-    async with open_teacher(run, run.config.store_path) as teacher:
+    async with open_teacher(run) as (teacher, _):
         evidence = await teacher.gather(run.method.audit(rollouts, 0))
     audits = run.method.read(rollouts, evidence, 0).audits
     if not audits:

@@ -1,4 +1,4 @@
-"""Seeded batched sampling from a causal language model, for rollouts, evaluation and the embedded teacher server.
+"""Seeded batched sampling from a causal language model, for rollouts, evaluation and teachers of local weights.
 
 Each draw has a random stream of its own, seeded by name, so what a row becomes does not depend on its neighbours, on the
 batch it was put in or on how often something was sampled before. The prompt is computed once for all its draws, and
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from omniopd.errors import OmniError
@@ -26,7 +26,11 @@ def named_seed(*name: object) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Continue `prompt_ids` `draws` times. `temperature` 0 takes the likeliest token."""
+    """Continue `prompt_ids` `draws` times. `temperature` 0 takes the likeliest token.
+
+    Draw d is the first draw of the same request with `seed + d`, so that it does not matter how draws are shared out
+    among calls. `top` asks for so many of the likeliest tokens at every place.
+    """
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -34,16 +38,28 @@ class Request:
     draws: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
+    top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What was drawn: `ids`, `logprobs`, `entropy` are [T], end token included; see `omniopd.types.Rollout`."""
+    """What was drawn: `ids`, `logprobs`, `entropy` are [T], end token included; see `omniopd.types.Rollout`.
+
+    `top` is [T][K], where it was asked for: the likeliest tokens at each place, best first, as (id, log-prob at
+    temperature 1).
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     entropy: tuple[float, ...]
     finish: Finish
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a response: the generation config's, and the tokenizer's; empty where neither names one."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    return frozenset({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
 
 
 @torch.no_grad()
@@ -189,13 +205,15 @@ class _Rows:
         longest = max(self.limits)
         for r in row_of:
             draw = counter[r] = counter.get(r, -1) + 1
-            generator = torch.Generator().manual_seed(named_seed(requests[r].seed, draw))
+            generator = torch.Generator().manual_seed(named_seed(requests[r].seed + draw, 0))
             streams.append(torch.rand(requests[r].max_new_tokens, generator=generator, dtype=torch.float64))
         self.uniform = torch.stack([torch.nn.functional.pad(u, (0, longest - len(u))) for u in streams]).to(device)
         self.temperature = torch.tensor([requests[r].temperature for r in row_of], device=device)
         self.top_p = torch.tensor([requests[r].top_p for r in row_of], device=device)
+        self.top = [requests[r].top for r in row_of]
         self.alive = list(range(len(row_of)))
         self.written: list[list[tuple[int, float, float]]] = [[] for _ in row_of]
+        self.likeliest: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in row_of]
         self.finish: list[Finish] = ["length"] * len(row_of)
         self.ended: list[bool] = []
 
@@ -215,6 +233,7 @@ class _Rows:
             u = self.uniform[alive, len(self.written[self.alive[0]])] * cumulative[:, -1]
             tokens = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
             tokens = torch.where(temperature == 0, logits.argmax(-1), tokens)
+        self._note_likeliest(logp)
         chosen = logp.gather(1, tokens[:, None])[:, 0]
         self.ended = []
         for row, token, lp, h in zip(self.alive, tokens.tolist(), chosen.tolist(), entropy.tolist(), strict=True):
@@ -223,6 +242,16 @@ class _Rows:
                 self.finish[row] = "stop"
             self.ended.append(token in self.end_ids or len(self.written[row]) >= self.limits[row])
         return tokens
+
+    def _note_likeliest(self, logp: torch.Tensor) -> None:
+        """The alternatives at the present place, for the rows that asked for them. logp: [living rows, V]."""
+        most = min(max(self.top[row] for row in self.alive), logp.shape[-1])
+        if most == 0:
+            return
+        values, ids = logp.topk(most, -1)
+        for row, row_ids, row_values in zip(self.alive, ids.tolist(), values.tolist(), strict=True):
+            if top := self.top[row]:
+                self.likeliest[row].append(tuple(zip(row_ids[:top], row_values[:top], strict=True)))
 
     def keep(self) -> torch.Tensor | None:
         """Indices, within the living rows, of those that go on; None if all do."""
@@ -236,7 +265,7 @@ class _Rows:
         grouped: list[list[Draw]] = [[] for _ in range(requests)]
         for row, request in enumerate(self.request_of):
             ids, logprobs, entropy = zip(*self.written[row], strict=True)
-            grouped[request].append(Draw(ids, logprobs, entropy, self.finish[row]))
+            grouped[request].append(Draw(ids, logprobs, entropy, self.finish[row], tuple(self.likeliest[row])))
         return grouped
 
 

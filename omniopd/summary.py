@@ -12,7 +12,8 @@ from evals.intervals import paired_difference
 from evals.runner import Evaluation
 from omniopd.config import RunConfig
 from omniopd.folder import Record
-from omniopd.types import Evidence, Rollout, Signal, Usage
+from omniopd.ledger import Ledger
+from omniopd.types import ContinueQuery, Evidence, Rollout, Signal, Usage
 
 
 class Clock:
@@ -46,6 +47,7 @@ def step_row(
         "mean_entropy": sum(sum(rollout.entropy) for rollout in rollouts) / tokens if tokens else None,
         "mean_length": tokens / len(rollouts),
         "finished_share": sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts),
+        **({"teachers": shares} if (shares := per_teacher(evidence)) else {}),
         "cost_usd": spent.pop("cost_usd"),
         **{f"teacher_{name}": amount for name, amount in spent.items()},
     }
@@ -60,6 +62,27 @@ def flat(row: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, (int, float)):
             numbers[name] = value
     return numbers
+
+
+def per_teacher(evidence: Sequence[Evidence]) -> dict[str, dict[str, int]]:
+    """Of a step with several teachers: each one's queries, replies, tokens that its replies speak about, and rejects."""
+    counts: dict[str, Counter[str]] = {}
+    for found in evidence:
+        if found.teacher:
+            count = counts.setdefault(found.teacher, Counter(queries=0, replies=0, tokens=0))
+            query, spoke = found.query, bool(found.replies)
+            width = query.chunk.end - query.chunk.start if isinstance(query, ContinueQuery) else query.max_tokens
+            count.update(queries=1, replies=len(found.replies), tokens=width * spoke)
+            count.update({f"rejected {reason}": number for reason, number in found.rejected.items()})
+    return {name: dict(count) for name, count in sorted(counts.items())}
+
+
+def by_teacher(teachers: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+    """A run's counts of each teacher, with its share of the tokens that any teacher spoke about."""
+    tokens = sum(count.get("tokens", 0) for count in teachers.values())
+    return {
+        name: {**count, "share": count.get("tokens", 0) / tokens if tokens else 0.0} for name, count in teachers.items()
+    }
 
 
 def used(evidence: Sequence[Evidence]) -> Usage:
@@ -77,11 +100,13 @@ def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {key: evaluation[key] for key in ("accuracy", "ci95", "n")}
 
 
-def headline(row: Mapping[str, Any], record: Record, accuracy: float | None) -> str:
+def headline(row: Mapping[str, Any], record: Record, ledger: Ledger, accuracy: float | None) -> str:
     """What stands beside the progress bar; `accuracy` is the last that was measured."""
     tokens = record.usage.prompt_tokens + record.usage.completion_tokens
     measured = "" if accuracy is None else f"accuracy {accuracy:.1%}  "
-    spent = f"{tokens / 1000:,.0f}k tokens  ${record.usage.cost_usd:.4f}"
+    spent = f"{tokens / 1000:,.0f}k tokens  ${ledger.spent:.4f}"
+    if ledger.budget_usd is not None:
+        spent += f" of ${ledger.budget_usd:g}"
     return f"{measured}loss {row['loss']:.3f}  coverage {row['coverage']:.0%}  {spent}"
 
 
@@ -92,9 +117,12 @@ def reasons(record: Record) -> str:
 
 
 def summary(
-    config: RunConfig, record: Record, status: str, parameters: int, after: Evaluation | None = None
+    config: RunConfig, record: Record, ledger: Ledger, status: str, parameters: int, after: Evaluation | None = None
 ) -> dict[str, Any]:
-    """What `summary.json` holds. A run that stopped early has no accuracy after."""
+    """What `summary.json` holds. A run that stopped early has no accuracy after.
+
+    The teacher's tokens and cost are those behind the weights; `spent_usd` is all that was paid, by the ledger.
+    """
     method = config.method
     measured: dict[str, Any] = {"before": figures(record.before) if record.before else None}
     if after is not None and record.before:
@@ -111,7 +139,12 @@ def summary(
         "steps": record.step,
         "wall_seconds": round(record.wall_seconds, 2),
         "eval": measured,
-        "teacher": {"name": getattr(config.teacher, "model", config.teacher.type), **usage_json(record.usage)},
+        "teacher": {
+            "name": getattr(config.teacher, "model", config.teacher.type),
+            **usage_json(record.usage),
+            "spent_usd": round(ledger.spent, 6),
+            **({"each": by_teacher(record.teachers)} if len(record.teachers) > 1 else {}),
+        },
         "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},
         "drops": dict(record.drops),
         "rejects": dict(record.rejects),

@@ -39,6 +39,7 @@ class Jsonl:
             default="answer", description="the column of reference answers; null if there are none"
         )
         id: str | None = Field(default=None, description="a column of unique ids; null to derive them from the prompts")
+        extras: list[str] = Field(default=[], description="columns that only teachers may see, as to route by them")
         system: str | None = Field(default=None, description="a system message for every prompt that has none")
         train_size: int | None = Field(
             default=None, gt=0, description="the first so many training prompts; null for all"
@@ -87,7 +88,10 @@ def _read(config: Jsonl.Config, path: str, split: str) -> list[Prompt]:
     rows = load(path, config.subset, split)
     chats = [_messages(row, config) for row in rows]
     ids = _derived_ids(chats) if config.id is None else _given_ids(rows, config.id)
-    return [Prompt(id_, chat, _reference(row, config.answer)) for row, chat, id_ in zip(rows, chats, ids, strict=True)]
+    return [
+        Prompt(id_, chat, _reference(row, config.answer), {column: row.cell(column) for column in config.extras})
+        for row, chat, id_ in zip(rows, chats, ids, strict=True)
+    ]
 
 
 def _messages(row: Row, config: Jsonl.Config) -> tuple[Message, ...]:

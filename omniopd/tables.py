@@ -1,0 +1,140 @@
+"""Tables and texts of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from omniopd.store import StoreStats
+
+_MARKS = {"confirmed": "[green]yes[/green]", "refuted": "[red]no[/red]", "unknown": "[yellow]?[/yellow]"}
+
+
+def share(figures: dict[str, Any]) -> str:
+    """An accuracy with its interval."""
+    low, high = figures["ci95"]
+    return f"{figures['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+
+
+def gain(difference: dict[str, float]) -> str:
+    """A paired difference in points, with its interval."""
+    return f"{difference['mean'] * 100:+.1f} ({difference['low'] * 100:+.1f} to {difference['high'] * 100:+.1f})"
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """What a finished run learned, asked and paid."""
+    measured, teacher = summary["eval"], summary["teacher"]
+    table = Table("", "accuracy (95 % interval)", "n", title="held-out problems")
+    for name in ("before", "after", "teacher"):
+        if measured.get(name):
+            label = f"student {name}" if name != "teacher" else "teacher"
+            table.add_row(label, share(measured[name]), str(measured[name]["n"]))
+    if "difference" in measured:
+        table.add_row("gain, in points", gain(measured["difference"]), "")
+    console = Console()
+    if table.rows:
+        console.print(table)
+    asked = Table(
+        "calls", "from the store", "tokens in", "tokens out", "cost", "coverage", title="asked of the teacher"
+    )
+    asked.add_row(
+        f"{teacher['calls']:,}",
+        f"{teacher['cached_calls']:,}",
+        f"{teacher['prompt_tokens']:,}",
+        f"{teacher['completion_tokens']:,}",
+        f"${teacher['spent_usd']:.4f}",
+        f"{summary['signal']['coverage']:.0%}",
+    )
+    console.print(asked)
+    if teacher.get("each"):
+        console.print(_each(teacher["each"]))
+    holes = {**summary["drops"], **{f"{reason} (replies)": count for reason, count in summary["rejects"].items()}}
+    if holes:
+        console.print("holes: " + ", ".join(f"{reason} {count}" for reason, count in sorted(holes.items())))
+
+
+def print_audit(record: dict[str, Any]) -> None:
+    """One audited answer, chunk by chunk."""
+    console = Console()
+    for chunk in record["chunks"]:
+        before = escape(record["text"][: chunk["char_start"]][-60:])
+        console.print(f"\n[dim]...{before}[/dim][bold]{escape(chunk['text'])}[/bold]")
+        if chunk["dropped"]:
+            console.print(f"  dropped: {chunk['dropped']} {chunk['rejected']}")
+            continue
+        score = f"{chunk['score']:.2f}" if chunk["score"] is not None else "-"
+        console.print(
+            f"  entropy {chunk['entropy']:.2f} nats, score {score} = k {chunk['k']:.2f} of {chunk['n_eff']} replies"
+        )
+        console.print(f"  value of each token: {chunk['values']}")
+        for reply in chunk["replies"]:
+            console.print(f"  {reply.get('score', 0):.2f}  {escape(repr(reply['text']))}", highlight=False)
+    if not record["chunks"]:
+        console.print("no chunk fits this answer; lower method.chunk_tokens")
+
+
+def _each(teachers: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("teacher", "queries", "replies", "rejected", "share of tokens", title="each teacher")
+    for name, count in teachers.items():
+        rejected = sum(number for key, number in count.items() if key.startswith("rejected "))
+        table.add_row(name, f"{count['queries']:,}", f"{count['replies']:,}", f"{rejected:,}", f"{count['share']:.0%}")
+    return table
+
+
+def print_probe(record: Mapping[str, Any]) -> None:
+    """A probe's findings, what it cost, and the rung that it proves."""
+    table = Table("asked", "does it?", "seen", title=f"probe of {escape(record['fingerprint'])}")
+    for finding in record["findings"]:
+        table.add_row(finding["name"], _MARKS[finding["verdict"]], escape(finding["found"]))
+    console, used = Console(), record["usage"]
+    console.print(table)
+    console.print(f"continuation: {record['rung']}", highlight=False)
+    console.print(
+        f"asked: {used['calls']} calls, {used['prompt_tokens']:,} tokens in, {used['completion_tokens']:,} out, "
+        f"${used['cost_usd']:.4f}",
+        highlight=False,
+    )
+
+
+def print_prompts(compared: tuple[Sequence[tuple[str, str, str]], Sequence[str]] | None) -> None:
+    """What student and teacher are shown of the same messages."""
+    console = Console()
+    if compared is None:
+        console.print("prompt check: this teacher does not tell what its model is shown", highlight=False)
+        return
+    table = Table("", "student", "teacher", title="the same messages, as each model is shown them")
+    for row in compared[0]:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for said in compared[1]:
+        console.print(f"[red]difference:[/red] {escape(said)}", highlight=False)
+    if not compared[1]:
+        console.print("no difference but markup", highlight=False)
+
+
+def print_fidelity(rows: Sequence[Any]) -> None:
+    """How near each rung comes to the best one."""
+    table = Table("rung", "similarity", "rejected", "replies", "why", title=f"fidelity to {rows[0].rung}")
+    for row in rows:
+        alike = "-" if row.similarity is None else f"{row.similarity:.3f}"
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(row.reasons.items()))
+        table.add_row(row.rung, alike, f"{row.rejected:.1%}", str(row.replies), why or "-")
+    Console().print(table)
+
+
+def print_cache(path: str, size: int, stats: StoreStats) -> None:
+    """What a store holds."""
+    table = Table("", "", title=f"{path}, {size / 1e6:.1f} MB", show_header=False)
+    table.add_row("answers", f"{stats.answers:,}")
+    for reason, count in sorted(stats.rejected.items()):
+        table.add_row(f"rejected: {reason}", f"{count:,}")
+    for reason, count in sorted(stats.holes.items()):
+        table.add_row(f"no answer: {reason}", f"{count:,}")
+    table.add_row("calls booked", f"{stats.calls:,}, ${stats.cost_usd:.4f}")
+    for teacher, count in stats.by_teacher.items():
+        table.add_row(f"of {escape(teacher or 'teachers of an older format')}", f"{count:,} draws")
+    Console().print(table)

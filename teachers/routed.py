@@ -1,0 +1,150 @@
+"""Several teachers in one run: `type: routed`. Each prompt goes to one of them, by a column of the data or by weights.
+
+teacher:
+  type: routed
+  teachers: {maths: {type: vllm, ...}, prose: {type: anthropic, ...}}
+  by: subject                     # a data column that holds the teacher's name, or
+  weights: {maths: 3, prose: 1}   # shares; a prompt always goes to the same teacher
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from omniopd.errors import ConfigError, DataError
+from omniopd.ledger import Ledger
+from omniopd.registry import TEACHERS
+from omniopd.settings import Settings, tagged
+from omniopd.store import Store
+from omniopd.types import Capabilities, Evidence, Prompt, Query, Teacher
+from teachers.asks import digest
+from teachers.client import first_error
+
+_WORST_LAST = ("raw", "prefill", "instruct", None)
+
+
+class RoutedConfig(Settings):
+    """Settings of `type: routed`. `default` takes prompts whose column names no teacher."""
+
+    type: Literal["routed"] = "routed"
+    teachers: dict[str, tagged(TEACHERS)] = Field(min_length=1)  # type: ignore[valid-type]
+    by: str | None = None
+    weights: dict[str, float] | None = None
+    default: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RoutedConfig:
+        if (self.by is None) == (self.weights is None):
+            raise ValueError("route `by` a data column or with `weights`, one of the two")
+        named = [*(self.weights or {}), *([self.default] if self.default else [])]
+        if strangers := [name for name in named if name not in self.teachers]:
+            raise ValueError(f"'{strangers[0]}' is none of the teachers: {', '.join(self.teachers)}")
+        if self.weights and (min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0):
+            raise ValueError("weights must not be negative, and one must be above 0")
+        return self
+
+
+@TEACHERS.register("routed")
+class RoutedTeacher:
+    """Asks each query's own teacher, all of them beside each other; evidence says which one answered."""
+
+    Config = RoutedConfig
+
+    def __init__(self, config: RoutedConfig, store: Store, ledger: Ledger | None = None) -> None:
+        """Make all teachers; they share the store and the ledger.
+
+        Raises:
+            ConfigError: one of them can't be made.
+        """
+        self._config = config
+        self._parts: dict[str, Teacher] = {}
+        for name, settings in config.teachers.items():
+            try:
+                self._parts[name] = TEACHERS.build(settings, store, ledger or Ledger(store))
+            except ConfigError as error:
+                raise ConfigError(f"teacher.teachers.{name}: {error}") from None
+        routing = {"by": config.by, "weights": config.weights, "default": config.default}
+        prints = {name: part.fingerprint for name, part in self._parts.items()}
+        self.fingerprint = f"routed/{'+'.join(prints)}#{digest([prints, routing])[:16]}"
+        self.on_progress: Callable[[int], None] | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What every one of them offers."""
+        each = [part.capabilities for part in self._parts.values()]
+        return Capabilities(
+            answer=all(one.answer for one in each),
+            continuation=max((one.continuation for one in each), key=_WORST_LAST.index),
+            score=all(one.score for one in each),
+            topk=min(one.topk for one in each),
+            logits=all(one.logits for one in each),
+            hidden=all(one.hidden for one in each),
+            gen_logprobs=min(one.gen_logprobs for one in each),
+        )
+
+    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
+        """Evidence for each query, in order.
+
+        Raises:
+            DataError: a prompt's column names no teacher, and there is no default.
+            TeacherError: as the teachers do.
+        """
+        routes = [self.route(query.prompt) for query in queries]
+        found: dict[int, Evidence] = {}
+        done: dict[str, int] = {}
+
+        async def ask(name: str) -> None:
+            part, indexes = self._parts[name], [index for index, route in enumerate(routes) if route == name]
+
+            def progress(count: int) -> None:
+                done[name] = count
+                if self.on_progress is not None:
+                    self.on_progress(sum(done.values()))
+
+            part.on_progress = progress
+            for index, evidence in zip(indexes, await part.gather([queries[i] for i in indexes]), strict=True):
+                found[index] = replace(evidence, teacher=name)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in dict.fromkeys(routes):
+                    group.create_task(ask(name))
+        except BaseExceptionGroup as failures:
+            raise first_error(failures) from None
+        return [found[index] for index in range(len(queries))]
+
+    async def close(self) -> None:
+        """Close all of them."""
+        async with AsyncExitStack() as stack:
+            for part in self._parts.values():
+                stack.push_async_callback(part.close)
+
+    def route(self, prompt: Prompt) -> str:
+        """The name of a prompt's teacher.
+
+        Raises:
+            DataError: its column names none, and there is no default.
+        """
+        config = self._config
+        if config.weights is not None:
+            names, weights = list(config.weights), list(config.weights.values())
+            place = int.from_bytes(hashlib.sha256(prompt.id.encode()).digest()[:8], "big") / 2**64 * sum(weights)
+            return next(name for name, end in zip(names, accumulate(weights), strict=True) if place < end)
+        value: Any = prompt.extras.get(config.by or "")
+        if value in self._parts:
+            return str(value)
+        if config.default is None:
+            held = "has no such column" if value is None else f"holds {value!r}"
+            raise DataError(
+                f"teacher.by: prompt {prompt.id} {held} in '{config.by}'; it must name one of {', '.join(self._parts)} "
+                "(list the column in task.extras), or set teacher.default"
+            )
+        return config.default
