@@ -175,9 +175,8 @@ def read_usage(usage: Any) -> Usage | None:
 def _choice(choice: Any, thought: bool, ask: Ask, said_again: bool) -> Choice:
     if not isinstance(choice, dict):
         raise Malformed("a choice that is no object")
-    finish = choice.get("finish_reason")
     # No stated end is an end by accident.
-    ended = _FINISH.get(finish, "error") if isinstance(finish, str) else "error"
+    ended: Literal["stop", "length", "filtered", "error"] = _FINISH.get(word(choice, "finish_reason"), "error")
     if ask.rung == "raw":
         text = choice.get("text")
         if not isinstance(text, str):

@@ -370,6 +370,7 @@ PER_DAY = quota("GenerateRequestsPerMinutePerProjectPerModel", "GenerateRequests
         (405, "", "Method Not Allowed", [], "ask", "teacher.base_url"),
         (400, BAD, "The input token count (9) exceeds the maximum number of tokens allowed (8).", [], "drop", LONG),
         (400, BAD, "contents.parts must not be empty.", [], "drop", "error"),
+        (400, BAD, "* GenerateContentRequest.contents: contents is not specified", [], "drop", "error"),
         (400, BAD, NO_PREFILL, [], "downgrade", "prefill"),
         (400, BAD, "Please ensure that multiturn requests ends with a user role", [], "downgrade", "prefill"),
         (400, BAD, "Multiple candidates is not enabled for this model", [], "downgrade", "n"),
