@@ -167,6 +167,10 @@ class HttpSession:
         """Send a request of one's own making, read as the answer to `ask`."""
         return await self.sender.send(call, lambda payload: self._backend.read(payload, ask))
 
+    def quit(self) -> None:
+        """See `wire.Quits`."""
+        self.sender.quit()
+
     async def shown(self, messages: Sequence[Message]) -> str | None:
         """The prompt as the server's model gets it, control tokens included; None where the server does not tell."""
         call = self._backend.shown_call(messages)

@@ -57,6 +57,13 @@ def test_a_last_assistant_message_is_the_open_turn(bench: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_a_prefix_that_is_said_again_is_no_part_of_the_continuation(bench: Any, again: bool) -> None:
+    script = bench.Script([bench.say(f"{bench.PREFIX} thirty" if again else " thirty", finish="length")])
+    (evidence,) = gather(bench.make("llamacpp", script, continuation="prefill"), bench.continue_query(n=1))
+    assert [reply.text for reply in evidence.replies] == [" thirty"]
+
+
 def test_raw_sends_ids_and_reads_logprobs_in_the_chat_routes_shape(bench: Any, folder: str) -> None:
     entry = {"id": 7, "token": " thirty", "bytes": [32], "logprob": -0.5}
     entry["top_logprobs"] = [{"id": 7, "token": " thirty", "logprob": -0.5}, {"id": 8, "token": " 30", "logprob": -1.5}]
@@ -85,6 +92,13 @@ def test_by_default_each_call_draws_one_text(bench: Any) -> None:
     (evidence,) = gather(bench.make("llamacpp", script, continuation="prefill"), bench.continue_query(n=3))
     assert [(body["seed"], "n" in body) for body in script.bodies] == [(100, False), (101, False), (102, False)]
     assert len(evidence.replies) == 3
+
+
+def test_several_texts_are_booked_as_an_estimate_since_the_server_counts_one(bench: Any) -> None:
+    script = bench.Script([bench.say(" thirty", " thirty and more", finish="length", usage=(30, 1))])
+    (evidence,) = gather(bench.make("llamacpp", script, continuation="prefill", n=True), bench.continue_query(n=2))
+    assert script.bodies[0]["n"] == 2
+    assert evidence.usage.completion_tokens > 1
 
 
 def test_the_python_server_gets_text_and_no_field_that_it_has_not(bench: Any, folder: str) -> None:
@@ -134,8 +148,15 @@ def said(message: str, kind: str = "invalid_request_error", code: Any = 400) -> 
 
 
 TOO_LONG = "request (1034 tokens) exceeds the available context size (1024 tokens), try increasing it"
-PYTHON_TOO_LONG = "This model's maximum context length is 512 tokens, however you requested 600 tokens (584 in your prompt)"
+PYTHON_TOO_LONG = (
+    "This model's maximum context length is 512 tokens, however you requested 600 tokens (584 in your prompt)"
+)
 NO_LOGPROBS = "logprobs is not supported for models created with logits_all=False"
+
+
+VALIDATION = (
+    "1 validation error:\n  {{'type': 'string_type', 'loc': ('body', {}), 'msg': 'Input should be something else'}}"
+)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +167,14 @@ NO_LOGPROBS = "logprobs is not supported for models created with logits_all=Fals
         (401, said("Invalid API Key", "authentication_error", 401), "ask", "OMNI_TEST_KEY"),
         (401, {"detail": "Invalid API key"}, "ask", "OMNI_TEST_KEY"),
         (500, said(NO_LOGPROBS, "internal_server_error", None), "downgrade", "logprobs"),
+        (500, said(VALIDATION.format("'seed'"), "internal_server_error", None), "downgrade", "seed"),
+        (
+            500,
+            said(VALIDATION.format("'prompt', 'str'"), "internal_server_error", None),
+            "downgrade",
+            "teacher.server: python",
+        ),
+        (400, said("Field 'n': Value must be between 1 <= value <= 4, but got 6"), "downgrade", "n"),
         (500, said("boom", "internal_server_error", None), "retry", "boom"),
         (503, said("Loading model", "unavailable_error", 503), "retry", "Loading model"),
     ],

@@ -42,12 +42,16 @@ def gather(teacher: Any, *queries: Any) -> list[Any]:
 def chatted(bench: Any, text: Any, reason: Any = "length", thinking: str = "", **more: Any) -> Any:
     message = {"role": "assistant", "content": text} | ({"thinking": thinking} if thinking else {})
     counts = {"prompt_eval_count": 30, "eval_count": 4}
-    return bench.Said(body={"model": "m:latest", "message": message, "done": True, "done_reason": reason, **counts, **more})
+    return bench.Said(
+        body={"model": "m:latest", "message": message, "done": True, "done_reason": reason, **counts, **more}
+    )
 
 
 def generated(bench: Any, text: Any, **more: Any) -> Any:
     counts = {"prompt_eval_count": 30, "eval_count": 4}
-    return bench.Said(body={"model": "m:latest", "response": text, "done": True, "done_reason": "length", **counts, **more})
+    return bench.Said(
+        body={"model": "m:latest", "response": text, "done": True, "done_reason": "length", **counts, **more}
+    )
 
 
 def test_a_last_assistant_message_is_the_open_turn(bench: Any) -> None:
@@ -144,8 +148,14 @@ def test_a_budget_that_went_into_thought_is_a_reason_of_its_own(bench: Any) -> N
 
 @pytest.mark.parametrize(
     ("reason", "rejected", "finish"),
-    [("stop", {}, "stop"), ("length", {}, "length"), ("limit", {}, "length"), ("unload", {"error": 1}, None), (None, {"error": 1}, None)],
-)  # fmt: skip
+    [
+        ("stop", {}, "stop"),
+        ("length", {}, "length"),
+        ("limit", {}, "length"),
+        ("unload", {"error": 1}, None),
+        (None, {"error": 1}, None),
+    ],
+)
 def test_how_a_text_ended(bench: Any, reason: Any, rejected: dict[str, int], finish: str | None) -> None:
     script = bench.Script([chatted(bench, " thirty", reason)])
     (evidence,) = gather(bench.make("ollama", script, continuation="prefill"), bench.continue_query(n=1))

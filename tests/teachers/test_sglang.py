@@ -129,7 +129,7 @@ def test_an_aborted_draw_is_a_counted_hole(bench: Any, folder: str) -> None:
 
 LONGER = "The input (5000 tokens) is longer than the model's context length (4096 tokens)."
 TOGETHER = (
-    "Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 4100 tokens."
+    "Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 4100."
 )
 
 
@@ -137,7 +137,12 @@ TOGETHER = (
     ("status", "payload", "action", "detail"),
     [
         (400, {"error": {"message": LONGER}}, "drop", "context_overflow"),
-        (400, {"object": "error", "message": TOGETHER, "type": "BadRequestError", "code": 400}, "drop", "context_overflow"),
+        (
+            400,
+            {"object": "error", "message": TOGETHER, "type": "BadRequestError", "code": 400},
+            "drop",
+            "context_overflow",
+        ),
         (400, {"error": {"message": "top_p must be in (0, 1], got 2."}}, "downgrade", "top_p"),
         (400, {"error": "unknown field `zork`, expected one of `rid`, `text`"}, "downgrade", "zork"),
         (401, {"error": "Unauthorized"}, "ask", "OMNI_TEST_KEY"),

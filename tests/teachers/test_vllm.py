@@ -103,9 +103,15 @@ def test_instruct_is_an_ordinary_chat(bench: Any) -> None:
 
 
 def test_raw_sends_token_ids_to_the_completion_route(bench: Any, folder: str) -> None:
-    logprobs = {"tokens": [" th", "irty"], "token_logprobs": [-0.5, -0.1], "top_logprobs": [{" th": -0.5, " 3": -1}, None]}
+    logprobs = {
+        "tokens": [" th", "irty"],
+        "token_logprobs": [-0.5, -0.1],
+        "top_logprobs": [{" th": -0.5, " 3": -1}, None],
+    }
     script = bench.Script([completions(bench, " thirty", " thirty", logprobs=logprobs)])
-    teacher = bench.make("vllm", script, continuation="raw", tokenizer=folder, logprobs=2, extra_body={"cache_salt": "x"})
+    teacher = bench.make(
+        "vllm", script, continuation="raw", tokenizer=folder, logprobs=2, extra_body={"cache_salt": "x"}
+    )
     (evidence,) = gather(teacher, bench.continue_query(n=2))
     tokenizer = tiny.byte_level()
     written = f"<|user|>What is 6 times 7?<|assistant|>{bench.PREFIX}"

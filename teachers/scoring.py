@@ -1,0 +1,132 @@
+"""Log-probs of given tokens, where a server has them: how they are asked for and read.
+
+Servers differ in shape, and some go wrong without an error: the slot of the first token, which nothing precedes, is
+dropped and shifts the row by one; the given token is not the first entry of its place; the field is ignored. Every reader
+ends in `checked`, which refuses what can't be true. A missing value is an error, never a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from teachers.openai import OpenAIBackend, OpenAIConfig
+from teachers.wire import Call, Malformed
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model says of T given tokens, in nats.
+
+    `logprobs` [T]: of each token after those before it; None for the first. `top` [T]: the k likeliest ids at each place
+    with their log-probs, the given one only where it is among them; empty for the first.
+    """
+
+    logprobs: tuple[float | None, ...]
+    top: tuple[Mapping[int, float], ...]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Something that can have given tokens scored."""
+
+    def score_call(self, ids: Sequence[int], k: int) -> Call:
+        """The request for the log-probs of these ids, and of the k likeliest at each place."""
+        ...
+
+    def read_scores(self, payload: Any, ids: Sequence[int], k: int) -> Scores:
+        """Read its reply.
+
+        Raises:
+            Malformed: it holds no scores, or not those of these ids.
+        """
+        ...
+
+
+def scorer_of(backend: object) -> Scorer | None:
+    """What scores given tokens with this back end; None where nothing does."""
+    if isinstance(backend, Scorer):
+        return backend
+    if isinstance(backend, OpenAIBackend) and isinstance(backend.config, OpenAIConfig) and "raw" in backend.rungs:
+        return EchoScorer(backend)
+    return None
+
+
+def checked(ids: Sequence[int], logprobs: Sequence[Any], top: Sequence[Mapping[int, float]], k: int) -> Scores:
+    """Scores from what a server said of each place, the first included; what it says of that one means nothing.
+
+    Raises:
+        Malformed: another number of places than of ids, a place without a value, or values that no model gives.
+    """
+    for what, places in (("log-probs", logprobs), ("alternatives", top)):
+        if len(places) != len(ids):
+            raise Malformed(f"{what} of {len(places)} tokens for the {len(ids)} that were sent")
+    for place, value in enumerate(logprobs[1:], start=1):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise Malformed(f"no log-prob for token {place} of {len(ids)}")
+    values = [float(value) for value in logprobs[1:]]
+    if len(values) > 1 and len(set(values)) == 1:
+        raise Malformed(f"the same log-prob, {values[0]:g}, for every token")
+    best = [dict(sorted(place.items(), key=lambda entry: -entry[1])[:k]) for place in top[1:]]
+    return Scores((None, *values), ({}, *best))
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turns the ways in which a reply of another shape fails to be read into `Malformed`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise Malformed(f"scores in another shape ({type(error).__name__}: {error})") from None
+
+
+class EchoScorer:
+    """Scores by a completion route in OpenAI's shape that says the prompt back with its log-probs (`echo`).
+
+    Together takes text only and answers beside the choices; others take ids and answer in the choice. Alternatives are
+    named by their text: one that is no single token of `teacher.tokenizer` is left out of `top`.
+    """
+
+    def __init__(self, backend: OpenAIBackend) -> None:
+        assert backend.chat is not None, "raw is among the rungs only where a tokenizer is configured"
+        self._config, self._chat = backend.config, backend.chat
+
+    def score_call(self, ids: Sequence[int], k: int) -> Call:
+        """See `Scorer`."""
+        config, prompt = self._config, list(ids)
+        text = self._chat.unopened(str(self._chat.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)))
+        body = {
+            "model": config.model,
+            "prompt": text if config.preset == "together" else prompt,
+            "max_tokens": 1,  # some refuse 0
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "echo": True,
+            "logprobs": k,
+        }
+        return Call(f"{config.base_url}/completions", body | config.extra_body, len(ids) + 1)
+
+    def read_scores(self, payload: Any, ids: Sequence[int], k: int) -> Scores:
+        """See `Scorer`."""
+        with reading():
+            beside = payload.get("prompt")
+            said = (beside[0] if beside else payload["choices"][0]).get("logprobs")
+            values = said.get("token_logprobs") if said else None
+            if not values or len(values) < len(ids) - 1:
+                raise Malformed("no log-probs of the prompt: the endpoint ignores echo or logprobs")
+            # With a token of its own behind the prompt, a row that lost its first slot has the right length.
+            spare = len(values) - len(ids)
+            if spare != (0 if beside else 1) and (spare or values[0] is not None):
+                raise Malformed(f"log-probs of {len(values)} tokens for the {len(ids)} that were sent and one more")
+            if [int(one) for one in (said.get("token_ids") or ids)[: len(ids)]] != list(ids):
+                raise Malformed("scores of other tokens than those that were sent")
+            places = said.get("top_logprobs")
+            named = places[: len(ids)] if isinstance(places, list) else [None] * len(ids)
+            return checked(ids, values[: len(ids)], [self._by_id(place or {}) for place in named], k)
+
+    def _by_id(self, place: Mapping[str, float]) -> dict[int, float]:
+        found = ((self._chat.tokenizer.encode(text, add_special_tokens=False), value) for text, value in place.items())
+        return {ids[0]: float(value) for ids, value in found if len(ids) == 1}
