@@ -30,6 +30,7 @@ class OllamaConfig(ServedConfig):
     """
 
     stated: ClassVar[frozenset[str]] = STATED | {"options", "raw", "system", "template", "think", "truncate", "shift"}
+    under: ClassVar[str] = ""
     type: Literal["ollama"] = "ollama"
     base_url: str = "http://127.0.0.1:11434"
     n: bool | Literal["auto"] = False

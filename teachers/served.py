@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
@@ -33,10 +34,19 @@ REFUSALS = (
 
 
 class ServedConfig(HttpConfig):
-    """The settings of a server of one's own. It needs no key unless `api_key_env` names one."""
+    """The settings of a server of one's own. It needs no key unless `api_key_env` names one.
+
+    A `base_url` that is a server's bare address gets `under`, the path that the server's routes stand under.
+    """
 
     stated: ClassVar[frozenset[str]] = STATED
+    under: ClassVar[str] = "/v1"
     api_key_env: str | None = None
+
+    @field_validator("base_url")
+    @classmethod
+    def _routes(cls, url: str) -> str:
+        return url if urlsplit(url).path else f"{url}{cls.under}"
 
     @field_validator("extra_body")
     @classmethod

@@ -10,6 +10,7 @@ import tiny
 from pydantic import ValidationError
 
 from omniopd.errors import ConfigError
+from omniopd.registry import TEACHERS
 from omniopd.types import Token, Usage
 from teachers.llamacpp import LlamacppConfig
 
@@ -192,3 +193,11 @@ def test_what_every_request_states_is_no_extra_field(bench: Any, folder: str) ->
     for name in {name for body in script.bodies for name in body}:
         with pytest.raises(ValidationError, match=f"must not hold {name}"):
             LlamacppConfig(model="m", extra_body={name: 1})
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llamacpp", "ollama"])
+def test_a_bare_address_gets_the_path_of_the_routes(bench: Any, kind: str) -> None:
+    settings = TEACHERS.get(kind).Config(type=kind, model="m", base_url="http://127.0.0.1:9/")
+    assert settings.base_url == ("http://127.0.0.1:9" if kind == "ollama" else "http://127.0.0.1:9/v1")
+    named = TEACHERS.get(kind).Config(type=kind, model="m", base_url="http://127.0.0.1:9/proxy/v1")
+    assert named.base_url == "http://127.0.0.1:9/proxy/v1"
