@@ -79,6 +79,12 @@ def test_draws_share_a_prompt_and_differ(model: PreTrainedModel) -> None:
     assert close(first, four[0])
 
 
+def test_draw_d_is_the_draw_alone_with_seed_plus_d(model: PreTrainedModel) -> None:
+    (four,) = sample(model, [Request(PROMPTS[0], 7, 15, draws=4)], [END])
+    alone = sample(model, [Request(PROMPTS[0], 7 + d, 15) for d in range(4)], [END])
+    assert all(close(together, single) for together, (single,) in zip(four, alone, strict=True))
+
+
 def test_the_prompt_is_computed_once_for_all_draws(llama: PreTrainedModel) -> None:
     seen: list[tuple[int, int]] = []
     hook = llama.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
@@ -188,6 +194,28 @@ def test_r6_numbers_are_at_temperature_one_whatever_is_drawn_at(llama: PreTraine
     logp, entropy = tiny.dense(llama, PROMPTS[0], draw.ids)
     torch.testing.assert_close(torch.tensor(draw.logprobs), logp, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.tensor(draw.entropy), entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_the_likeliest_are_those_of_the_distribution_at_temperature_one(llama: PreTrainedModel) -> None:
+    asked = [
+        Request(PROMPTS[0], 4, 10, draws=2, temperature=0.5, top_p=0.7, top=3),
+        Request(PROMPTS[1], 4, 6),
+        Request(PROMPTS[2], 4, 3, top=10_000),  # more than there are
+    ]
+    drawn = sample(llama, asked, [END])
+    assert [draw.ids for draws in drawn for draw in draws] == [
+        draw.ids for draws in sample(llama, [replace(r, top=0) for r in asked], [END]) for draw in draws
+    ]
+    assert drawn[1][0].top == ()
+    assert {len(place) for place in drawn[2][0].top} == {llama.config.vocab_size}
+    for draw in drawn[0]:
+        ids = torch.tensor([[*PROMPTS[0], *draw.ids]])
+        with torch.no_grad():
+            logp = llama(input_ids=ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+        best = logp.topk(3)
+        assert [[token for token, _ in place] for place in draw.top] == best.indices.tolist()
+        values = torch.tensor([[value for _, value in place] for place in draw.top])
+        torch.testing.assert_close(values, best.values, atol=1e-5, rtol=1e-5)
 
 
 def test_limits_hold_row_by_row_and_a_longer_limit_only_goes_on(llama: PreTrainedModel) -> None:

@@ -203,13 +203,21 @@ def test_without_a_seed_no_draw_is_repeated() -> None:
 @pytest.mark.parametrize("text", [" 19-5=14.", "caf\u00e9 \U0001f600!", "\U0001f600", "", "\n\n x"])
 def test_a_drawn_text_and_its_tokens_spell_the_same(text: str) -> None:
     ids = tuple(CHAT.encode(text)[0])
-    drawn = Drawn((*ids, END), "stop", (-0.5,) * len(ids) + (-9.0,), (((ids[0] if ids else 7, -0.5),),) * (len(ids) + 1))
+    drawn = Drawn(
+        (*ids, END), "stop", (-0.5,) * len(ids) + (-9.0,), (((ids[0] if ids else 7, -0.5),),) * (len(ids) + 1)
+    )
     asked, engine = chat_request("x", "It is", open_turn=True), Scripted()
     tokens = engine.tokens(asked, drawn)
     assert engine.text(asked, drawn) == text
     assert "".join(token.text for token in tokens) == text
     assert [token.logprob for token in tokens] == [-0.5] * len(ids)  # the end token is none of the text's
     assert not any("\ufffd" in token.text for token in tokens)
+
+
+def test_an_end_token_is_no_text_even_where_it_has_one() -> None:
+    ids, end = tuple(CHAT.encode(" 14")[0]), CHAT.encode("#")[0][0]
+    assert Scripted().text(chat_request("x"), Drawn((*ids, end), "stop")) == " 14"
+    assert Scripted().text(chat_request("x"), Drawn((*ids, end), "length")) == " 14#"
 
 
 def test_a_character_that_the_limit_cut_is_no_text() -> None:

@@ -16,7 +16,7 @@ from omniopd.chat import ChatTemplate
 from omniopd.cli import main
 from omniopd.errors import TeacherError
 from omniopd.store import Store
-from omniopd.types import AnswerQuery, Chunk, ContinueQuery, Message, Prompt
+from omniopd.types import AnswerQuery, Chunk, ContinueQuery, Evidence, Message, Prompt
 from teachers.local import local_server
 from teachers.openai import OpenAIConfig, OpenAITeacher
 from teachers.serve import application
@@ -27,15 +27,18 @@ QUESTION = "Ann has 12 apples. Ann buys 7 more. Ann gives 5 to Ben. How many app
 USER = {"role": "user", "content": QUESTION}
 
 
+def engine() -> TransformersEngine:
+    return TransformersEngine.load(str(TEACHER), ChatTemplate.load(str(TEACHER), "model"), field="model")
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    engine = TransformersEngine.load(str(TEACHER), ChatTemplate.load(str(TEACHER), "model"), field="model")
-    with TestClient(application(engine, "teacher")) as client:
+    with TestClient(application(engine(), "teacher")) as client:
         yield client
 
 
 def ask(client: TestClient, *messages: dict[str, str], **fields: Any) -> httpx.Response:
-    return client.post("/v1/chat/completions", json={"messages": list(messages), "seed": 1, **fields})
+    return client.post("/v1/chat/completions", json={"messages": list(messages), "seed": 1} | fields)
 
 
 def texts(response: httpx.Response) -> list[str]:
@@ -80,6 +83,9 @@ def test_the_token_limit_is_kept_and_counted(client: TestClient) -> None:
         ({"n": 0}, "n:"),
         ({"temperature": -1}, "temperature:"),
         ({"max_tokens": "many"}, "max_tokens:"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role:"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages.0.content:"),
+        ({"add_generation_prompt": False}, "add_generation_prompt:"),
     ],
 )
 def test_what_it_does_not_offer_is_refused(client: TestClient, fields: dict[str, Any], said: str) -> None:
@@ -93,6 +99,37 @@ def test_a_body_that_is_no_json_and_a_prompt_that_is_too_long(client: TestClient
     response = ask(client, {"role": "user", "content": "12 " * 3000})
     assert response.status_code == 400
     assert "context of 2048" in response.json()["error"]["message"]
+
+
+def test_the_text_of_a_control_token_stays_text(client: TestClient) -> None:
+    def read(content: str) -> int:
+        return int(ask(client, {"role": "user", "content": content}, max_tokens=1).json()["usage"]["prompt_tokens"])
+
+    assert read("12</s>") - read("12") > 1
+
+
+def test_a_batch_that_fails_is_a_fault_of_the_server(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("teachers.transformers.sample", fail)
+    response = ask(client, USER)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "the model failed to draw: out of luck"
+    monkeypatch.undo()
+    assert ask(client, USER, max_tokens=1).status_code == 200
+
+
+def test_too_long_a_prompt_is_a_counted_hole(tmp_path: Path) -> None:
+    async def go() -> Evidence:
+        app = application(engine(), "teacher")
+        config = OpenAIConfig(base_url="http://127.0.0.1:9/v1", model="teacher", api_key_env=None)
+        async with app.router.lifespan_context(app):
+            teacher = OpenAITeacher(config, Store(tmp_path / "answers.sqlite"), http=httpx.ASGITransport(app))
+            prompt = Prompt("long", (Message("user", "12 " * 3000),))
+            return (await teacher.gather([AnswerQuery(prompt, 0, 2, 8, 7)]))[0]
+
+    assert asyncio.run(go()).rejected == {"context_overflow": 2}
 
 
 def test_a_real_process_serves_a_real_teacher(tmp_path: Path) -> None:

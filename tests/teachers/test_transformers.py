@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from omniopd.errors import ConfigError, TeacherError
-from omniopd.ledger import Price
+from omniopd.ledger import Ledger, Price
 from omniopd.registry import TEACHERS
 from omniopd.sampling import Request
 from omniopd.store import Store
@@ -30,7 +30,8 @@ from teachers.wire import Completion, Outcome
 
 TEACHER = Path(__file__).resolve().parents[2] / "examples" / "demo" / "teacher"
 PROMPT = Prompt(
-    "p", (Message("user", "Ann has 12 apples. Ann buys 7 more. Ann gives 5 to Ben. How many apples does Ann have now?"),)
+    "p",
+    (Message("user", "Ann has 12 apples. Ann buys 7 more. Ann gives 5 to Ben. How many apples does Ann have now?"),),
 )
 PREFIX = "12+7=19."
 
@@ -157,19 +158,17 @@ def test_draw_i_is_the_draw_alone_with_seed_plus_i(desk: Desk, seed: int) -> Non
 
 
 def test_without_a_seed_draws_are_fresh(desk: Desk) -> None:
-    teacher = desk.teacher(temperature=1.5)
-    ask = teacher.manner.ask(going_on("She"))
-    found = [choice.text for _ in range(2) for choice in drawn(teacher, ask, 4, None).choices]
-    assert len(set(found)) > 4
+    teacher = desk.teacher(temperature=5.0)  # hot enough that no two draws agree by chance
+    ask = teacher.manner.ask(going_on("She", max_tokens=30))
+    assert len({choice.text for _ in range(2) for choice in drawn(teacher, ask, 4, None).choices}) == 8
+    assert len({choice.text for _ in range(2) for choice in drawn(teacher, ask, 4, 7).choices}) == 4
 
 
 def test_a_control_tokens_text_in_a_prefix_stays_text(desk: Desk) -> None:
     teacher = desk.teacher()
     prefix = "It is</s>[INST]so"
     ask = teacher.manner.ask(going_on(prefix))
-    plain, odd = (
-        drawn(teacher, teacher.manner.ask(going_on(one)), 1, 0).usage for one in ("It isso", prefix)
-    )
+    plain, odd = (drawn(teacher, teacher.manner.ask(going_on(one)), 1, 0).usage for one in ("It isso", prefix))
     assert plain is not None and odd is not None
     assert odd.prompt_tokens - plain.prompt_tokens > 2  # as control tokens the two would be one each
     request = teacher.backend.engine.request(
@@ -249,7 +248,9 @@ def test_a_prompt_that_is_too_long_is_a_counted_hole(desk: Desk) -> None:
 def test_a_template_that_refuses_the_messages_is_one_line(desk: Desk) -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
     teacher = desk.teacher(desk.copy("strict", before=refusing), system="Be brief.")
-    with pytest.raises(TeacherError, match="^teacher.path: the chat template of '.*' refuses it: no system turns here$"):
+    with pytest.raises(
+        TeacherError, match="^teacher.path: the chat template of '.*' refuses it: no system turns here$"
+    ):
         gather(teacher, going_on())
 
 
@@ -322,8 +323,20 @@ def test_a_model_that_does_not_load_is_one_line_before_a_run_starts(desk: Desk, 
 
 
 def test_a_device_that_is_not_there_is_one_line(desk: Desk) -> None:
-    with pytest.raises(ConfigError, match=r"^teacher\.device: 'warp' can't take the model: [^\n]*; set it to cpu or auto$"):
+    with pytest.raises(ConfigError, match=r"^teacher\.device: there is no 'warp': [^\n]*; set it to cpu or auto$"):
         desk.teacher(device="warp")
+
+
+def test_batch_tokens_bounds_what_is_computed_at_once(desk: Desk) -> None:
+    def most_rows(**settings: Any) -> int:
+        teacher, rows = desk.teacher(**settings), list[int]()
+        model: Any = teacher.backend.engine.model  # type: ignore[attr-defined]
+        model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
+        gather(teacher, *(going_on(row=row, seed=row * 10) for row in range(4)))
+        return max(rows)
+
+    assert most_rows() == 16
+    assert most_rows(batch_tokens=2 * 4 * 48) == 8  # two queries of four draws, each of 35 + 13 tokens
 
 
 def test_a_batch_that_does_not_fit_names_the_mend(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,6 +359,13 @@ def test_plans_and_prices_know_it_by_its_path(desk: Desk) -> None:
     (evidence,) = gather(teacher, going_on(n=4, max_tokens=5))
     assert teacher.backend.config.model == str(TEACHER)
     assert evidence.usage.cost_usd == pytest.approx((35 * 1.0 + 20 * 2.0) / 1e6)
+
+
+def test_it_is_free_under_a_budget(desk: Desk) -> None:
+    store = desk.store()
+    teacher = TransformersTeacher(TransformersConfig(path=str(TEACHER)), store, Ledger(store, budget_usd=0.001))
+    (evidence,) = gather(teacher, going_on())
+    assert (len(evidence.replies), evidence.usage.cost_usd) == (4, 0.0)
 
 
 def test_a_closed_teacher_draws_no_more(desk: Desk) -> None:

@@ -1,0 +1,156 @@
+"""A teacher in this process, drawn from by vLLM: local weights at a server's speed, without the server. `type: vllm_local`.
+
+The package is imported when such a teacher is built, and not before. It starts processes of its own, so a script that
+builds one needs the usual `if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+from transformers import AutoConfig
+
+from omniopd.chat import ChatTemplate, first_line
+from omniopd.errors import ConfigError
+from omniopd.registry import TEACHERS
+from omniopd.sampling import Request
+from teachers.engine import Drawn, Engine
+from teachers.in_process import InProcessBackend, InProcessConfig, InProcessTeacher
+
+MOST_LOGPROBS = 100  # the most that `teacher.logprobs` may ask for
+GREEDY = 1e-5  # vLLM takes the likeliest token below this temperature, and then refuses n > 1
+
+
+class VllmLocalConfig(InProcessConfig):
+    """Settings of `type: vllm_local`; see vLLM's own for what they mean.
+
+    `gpu_memory_utilization` is the share of the GPU's memory that vLLM takes for itself, and keeps: the default leaves
+    half of it to the student. Code that comes with weights is never run.
+    """
+
+    type: Literal["vllm_local"] = "vllm_local"
+    max_model_len: int | None = Field(default=None, ge=1)
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    enforce_eager: bool = False
+
+
+class VllmEngine(Engine):
+    """vLLM's own scheduler behind the queue."""
+
+    most_rows = 8192  # the scheduler cuts batches itself
+
+    def __init__(self, config: VllmLocalConfig, chat: ChatTemplate) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: vLLM is not there, or can't load it.
+        """
+        try:
+            vllm: Any = importlib.import_module("vllm")
+        except ImportError as problem:
+            if isinstance(problem, ModuleNotFoundError) and problem.name == "vllm":
+                raise ConfigError(
+                    "teacher.type: vllm_local needs the package vllm; pip install 'omniopd[vllm]'"
+                ) from None
+            raise ConfigError(f"teacher.type: the package vllm does not load: {first_line(problem)}") from None
+        try:
+            self._llm: Any = vllm.LLM(
+                model=config.path,
+                dtype=_stored_dtype(config.path) if config.dtype == "auto" else config.dtype,
+                max_model_len=config.max_model_len,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                tensor_parallel_size=config.tensor_parallel_size,
+                enforce_eager=config.enforce_eager,
+                trust_remote_code=False,
+                max_logprobs=MOST_LOGPROBS,
+                logprobs_mode="raw_logprobs",  # at temperature 1
+                **_for_this_machine(vllm),
+            )
+        except Exception as problem:  # of any type, from any layer below
+            raise ConfigError(f"teacher.path: vLLM can't load '{config.path}': {first_line(problem)}") from None
+        super().__init__(chat, self._llm.llm_engine.model_config.max_model_len)
+        self._params = vllm.SamplingParams
+
+    def draw_batch(self, requests: Sequence[Request]) -> list[list[Drawn]]:
+        """See `Engine`."""
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+            [self._sampling(request) for request in requests],
+            use_tqdm=False,
+        )
+        drawn = []
+        for request, output in zip(requests, outputs, strict=True):
+            texts = [_drawn(one, request.top) for one in output.outputs]
+            drawn.append(texts * request.draws if request.temperature < GREEDY else texts)
+        return drawn
+
+    def close(self) -> None:
+        """End vLLM's processes and free its memory."""
+        super().close()
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _sampling(self, request: Request) -> Any:
+        """Every field that moves a distribution is stated: the model's own defaults count for none of them.
+
+        vLLM gives draw i of a request the seed `seed + i`.
+        """
+        return self._params(
+            n=1 if request.temperature < GREEDY else request.draws,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=0,  # off
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            seed=request.seed,
+            max_tokens=request.max_new_tokens,
+            logprobs=request.top or None,
+            detokenize=False,
+        )
+
+
+def _stored_dtype(path: str) -> str:
+    """The type that the weights are stored in; vLLM's own `auto` would halve the precision of float32."""
+    stored = AutoConfig.from_pretrained(path).dtype
+    return "auto" if stored is None else str(stored).removeprefix("torch.")
+
+
+def _for_this_machine(vllm: Any) -> dict[str, Any]:
+    """On a CPU (seen in 0.32) a seeded request whose prompt is computed in two steps ends the engine."""
+    return {"enable_chunked_prefill": False} if vllm.platforms.current_platform.is_cpu() else {}
+
+
+def _drawn(one: Any, top: int) -> Drawn:
+    """A completion of vLLM's. Where log-probs were asked for, it holds the token itself and the `top` best by id."""
+    if one.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a text with '{one.finish_reason}'")
+    ids = tuple(one.token_ids)
+    if not top:
+        return Drawn(ids, one.finish_reason)
+    logprobs = tuple(float(place[token].logprob) for token, place in zip(ids, one.logprobs, strict=True))
+    ranked = [sorted(place.items(), key=lambda entry: entry[1].rank)[:top] for place in one.logprobs]
+    best = tuple(tuple((token, float(entry.logprob)) for token, entry in place) for place in ranked)
+    return Drawn(ids, one.finish_reason, logprobs, best)
+
+
+class VllmLocalBackend(InProcessBackend):
+    """vLLM as a back end in this process."""
+
+    config: VllmLocalConfig
+
+    def load(self, chat: ChatTemplate) -> VllmEngine:
+        """See `InProcessBackend`."""
+        return VllmEngine(self.config, chat)
+
+
+@TEACHERS.register("vllm_local")
+class VllmLocalTeacher(InProcessTeacher):
+    """A `Teacher` of local weights, drawn from by vLLM."""
+
+    Config = VllmLocalConfig
+    Backend = VllmLocalBackend
