@@ -16,13 +16,13 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import DataError, StudentError
+from omniopd.sampling import end_ids
 from omniopd.settings import Settings
 from omniopd.types import Prompt
 
@@ -60,7 +60,11 @@ class Policy:
         self.chat = ChatTemplate.load(settings.path, "student.path", StudentError)
         self.tokenizer = self.chat.tokenizer
         model = _load_model(settings)
-        self.end_ids = _end_ids(model, self.tokenizer)
+        self.end_ids = end_ids(model, self.tokenizer)
+        if not self.end_ids:
+            raise StudentError(
+                "student.path: neither the generation config nor the tokenizer names an end-of-text token; add one"
+            )
         own = self.tokenizer.eos_token_id  # an instruct model's turn ends with this one, not with the end of documents
         self.end_id: int = min(self.end_ids) if own is None else own
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -177,15 +181,6 @@ def _with_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
 
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a response: the generation config's, and the tokenizer's."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    if not ids:
-        raise StudentError("student.path: neither the generation config nor the tokenizer names an end-of-text token")
-    return frozenset(ids)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from omniopd.types import Capabilities, ContinueQuery, Evidence, Prompt, Query, 
 from teachers.asks import Ask, Manner, evidence, judge, order, settings_of
 from teachers.ladder import Rung
 from teachers.rung import choose, why_not
-from teachers.wire import Backend, Completion, Outcome, RefusedRequest, Session, Shows, TeacherConfig
+from teachers.wire import Backend, Completion, Outcome, Quits, RefusedRequest, Session, Shows, TeacherConfig
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ApiTeacher:
     """
 
     Config: ClassVar[type[TeacherConfig]]
-    Backend: ClassVar[Callable[..., Backend]]
+    Backend: ClassVar[Any]  # a callable (config, **test doubles) -> wire.Backend
 
     def __init__(self, config: TeacherConfig, store: Store, ledger: Ledger | None = None, **backend: Any) -> None:
         """Ready to gather; `backend` goes to the back end (tests give it a fake network and a fake clock).
@@ -78,10 +79,12 @@ class ApiTeacher:
         self.on_progress: Callable[[int], None] | None = None
         self.price, self._price_from = self._ledger.price(getattr(config, "model", ""), config.price)
         n, seed = getattr(config, "n", True), getattr(config, "seed", True)
-        self._most: int | None = 1 if n is False else None  # draws per call; learnt when a server gives fewer
+        self._most: int | None = 1 if n is False else None  # draws per call; learnt where no call brings more
+        self._brought = 0  # the most that one call has brought
         self.seeded = seed is not False
         self._may_lose = {name for name, value in (("n", n), ("seed", seed)) if value == "auto"}
         self._bytes_per_token = float(BYTES_PER_TOKEN)
+        self._hidden_tokens = 0  # more tokens than bytes: text that the server adds to every prompt
         self._checked = False
         self.probed = Usage()  # what was asked outside gathers
         # Until `auto` has looked, only the rung that needs no proof is promised.
@@ -118,7 +121,7 @@ class ApiTeacher:
                         for row in rows:
                             group.create_task(follow(session, row))
                 finally:
-                    await _drain(step)
+                    await _drain(session, step)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         if step.silent:
@@ -188,14 +191,16 @@ class ApiTeacher:
         self, session: Session, step: _Step, ask: Ask, keys: Sequence[str], span: Sequence[int]
     ) -> tuple[dict[int, Draw | str], Usage]:
         """One call for the draws of `span`; what came of them (at least one; all, if it was dropped), and its cost."""
-        most = self._usage_limit(ask, len(span))
-        async with self._ledger.reserve(self._cost(most)):
-            if step.over:
-                raise asyncio.CancelledError
-            paid = asyncio.create_task(self._paid(session, step, ask, keys, span))
-            step.under_way.add(paid)
-            paid.add_done_callback(step.under_way.discard)
-            return await asyncio.shield(paid)
+        held = await self._ledger.reserve(self._most_usd(ask, len(span)))
+        if step.over:
+            held.release()
+            raise asyncio.CancelledError
+        paid = asyncio.create_task(self._paid(session, step, ask, keys, span))
+        step.under_way.add(paid)
+        paid.add_done_callback(step.under_way.discard)
+        # Not before the call is booked, though its caller may be gone by then.
+        paid.add_done_callback(lambda _: held.release())
+        return await asyncio.shield(paid)
 
     async def _paid(
         self, session: Session, step: _Step, ask: Ask, keys: Sequence[str], span: Sequence[int]
@@ -217,8 +222,9 @@ class ApiTeacher:
             self._store.keep({}, holes, self._booking(ask, outcome, 0))
             return dict.fromkeys(span, outcome.reason), Usage(calls=outcome.attempts)
         draws = dict(zip(span, self._draws(outcome.value, ask, len(span)), strict=False))  # a server may give fewer
-        if len(draws) < len(span):
-            self._most = min(self._most or len(draws), len(draws))
+        self._brought = max(self._brought, len(draws))
+        if len(draws) < len(span) or (self._most is not None and self._most < self._brought):
+            self._most = self._brought  # a reply that is short for once teaches nothing
         return self._keep(keys, draws, self._booking(ask, outcome, len(draws)))
 
     def _keep(
@@ -269,12 +275,14 @@ class ApiTeacher:
 
     # ------------------------------------------------------------------ money
 
-    def _usage_limit(self, ask: Ask, n: int) -> Usage:
-        """The most that a call can use. A prompt's tokens are estimated from its bytes, as the replies so far had it."""
-        size = _bytes(ask)
-        prompt = int(1.1 * size / self._bytes_per_token) + 64  # the template's own tokens
+    def _most_usd(self, ask: Ask, n: int) -> float:
+        """The most that a call can cost. A prompt's tokens are estimated from its bytes, as the replies so far had it."""
+        if self.price is None:
+            return 0.0
+        tokens = _bytes(ask) / self._bytes_per_token + self._hidden_tokens
+        prompt = int(1.1 * tokens) + 64  # the template's own tokens
         per_draw = 1 if self._most is None or self._most >= n else n
-        return Usage(prompt_tokens=prompt * per_draw, completion_tokens=ask.max_tokens * n)
+        return self.price.most(prompt * per_draw, ask.max_tokens * n)
 
     def price_of(self, usage: Usage) -> float | None:
         """USD for these tokens; None where no price is known."""
@@ -289,10 +297,11 @@ class ApiTeacher:
         usage = completion.usage if completion else Usage()
         estimated = usage is None
         if usage is None:
-            written = sum(len(choice.text.encode("utf-8", "surrogatepass")) for choice in completion.choices)  # type: ignore[union-attr]
-            usage = Usage(prompt_tokens=size // 3 + 1, completion_tokens=written // 3 + 1)
+            texts = [choice.text for choice in completion.choices] if completion else []
+            usage = Usage(prompt_tokens=size // 3 + 1, completion_tokens=_size(texts) // 3 + 1)
         elif usage.prompt_tokens:
             self._bytes_per_token = min(self._bytes_per_token, max(1.0, size / usage.prompt_tokens))
+            self._hidden_tokens = max(self._hidden_tokens, usage.prompt_tokens - size)
         return Booking(
             run=self._ledger.run,
             teacher=self.fingerprint,
@@ -317,8 +326,14 @@ class ApiTeacher:
         """Asks the live teacher outside a gather: money is reserved and booked, nothing is stored."""
 
         async def draw(ask: Ask, n: int, seed: int | None) -> Outcome[Completion]:
-            async with self._ledger.reserve(self._cost(self._usage_limit(ask, n))):
-                outcome = await session.draw(ask, n, seed if self.seeded else None)
+            with await self._ledger.reserve(self._most_usd(ask, n)):
+                try:
+                    outcome = await session.draw(ask, n, seed if self.seeded else None)
+                except RefusedRequest as refusal:
+                    if refusal.param != "seed" or refusal.param not in self._may_lose or not self.seeded:
+                        raise
+                    self._lose(refusal)
+                    outcome = await session.draw(ask, n, None)
                 drawn = len(outcome.value.choices) if outcome.value else 0
                 booking = replace(self._booking(ask, outcome, drawn), purpose="probe")
                 self._store.keep({}, booking=booking)
@@ -363,8 +378,8 @@ class ApiTeacher:
                 before = self.probed
                 rung, looks = await choose(self.prober(session), self.backend, self.manner, asked[0].prompt)
                 used = self.probed - before
-                if not any(seen.literal for seen in looks):
-                    log.warning("continuation: %s (%s)", rung, why_not(looks) or "it needs no proof")
+                if looks and not any(seen.literal for seen in looks):
+                    log.warning("continuation: %s (%s)", rung, why_not(looks))
             if rung is not None:
                 self._use(rung)
             settled = rung is not None
@@ -374,11 +389,17 @@ class ApiTeacher:
         return used
 
 
-async def _drain(step: _Step) -> None:
+async def _drain(session: Session, step: _Step) -> None:
     """Let the calls under way end: what they bring is paid for. They store it themselves."""
     step.over = True
+    if isinstance(session, Quits):
+        session.quit()
     if step.under_way:
-        _, late = await asyncio.wait(step.under_way, timeout=DRAIN_S)
+        ending = asyncio.create_task(asyncio.wait(set(step.under_way), timeout=DRAIN_S))
+        while not ending.done():
+            with suppress(asyncio.CancelledError):  # the gather has ended anyhow; another teacher's may just have failed
+                await asyncio.shield(ending)
+        _, late = ending.result()
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
@@ -398,7 +419,11 @@ def usage_of(booking: Booking) -> Usage:
 
 
 def _bytes(ask: Ask) -> int:
-    return sum(len(message.content.encode("utf-8", "surrogatepass")) for message in ask.messages)
+    return _size(message.content for message in ask.messages)
+
+
+def _size(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def _spans(indexes: Sequence[int], most: int | None) -> Iterator[list[int]]:
