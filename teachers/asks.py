@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from omniopd.store import NEVER_STORED, Draw
@@ -138,14 +139,19 @@ class Choice:
 
 
 def tokens_of(choice: Choice, kept: str) -> list[Any]:
-    """The tokens of the part of a reply that is kept, as the store holds them; none where they don't spell it exactly."""
-    skipped = len(choice.text) - len(kept)
-    tokens = list(choice.tokens)
-    while tokens and skipped > 0:  # an echo, a thought
+    """The tokens of the part of a reply that is kept, as the store holds them.
+
+    Servers differ in what stands behind the text (an end token, an empty one): nothing of it is kept. Where the part begins
+    inside a token (an echo that was cut off), or the first token does not open it, there are none.
+    """
+    skipped, tokens = len(choice.text) - len(kept), list(choice.tokens)
+    while tokens and skipped > 0:
         skipped -= len(tokens.pop(0).text)
-    if skipped or not choice.text.endswith(kept) or not kept.startswith("".join(token.text for token in tokens[:1])):
+    if skipped or not tokens or not choice.text.endswith(kept) or not kept.startswith(tokens[0].text):
         return []
-    return [[token.text, token.logprob, token.top] for token in tokens]
+    ends = accumulate(len(token.text) for token in tokens)
+    inside = [token for token, end in zip(tokens, ends, strict=True) if end - len(token.text) < len(kept)]
+    return [[token.text, token.logprob, token.top] for token in inside]
 
 
 def judge(choice: Choice, ask: Ask, model: str, prompt_tokens: int, completion_tokens: int) -> Draw:
