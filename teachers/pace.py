@@ -3,10 +3,10 @@
 One `Pace` serves all teachers of a process that share a server, an account and a model (`shared_pace`). It outlives event
 loops, but belongs to one thread.
 
-How many at once is a fixed number or, with `auto`, found out (`Limit`). Servers tell their limit by refusing calls, and
-every call knows its rank: how many were under way when it was sent, itself included. So a refused call of rank r says that
-the server takes r - 1, and one burst that overshoots finds the limit exactly; additive growth and multiplicative cuts are
-left for refusals that rank does not explain, such as a limit per minute.
+How many at once is a fixed number or, with `auto`, found out (`Limit`). Servers tell their limit by refusing calls, and of
+a burst that overshoots they refuse exactly those that are too many: each refusal takes one off, and what is left is the
+server's limit. That holds for calls whose rank (how many were under way when it was sent, itself included) is higher than
+has worked; a refusal at a lower rank is about something else, such as a limit per minute, and takes a share off.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ USED = 0.8  # a round counts where this share of the limit was under way at once
 GROWTH, CUT = 0.05, 0.8
 NEAR = 0.9  # a refusal below this share of what has worked is not about the number of calls
 COOL_DOWN_S = 15.0
+GRACE_S = 1.0  # a call that waits for its next try comes a moment later than it said
 QUIET_S, LONGEST_QUIET_S = 30.0, 600.0  # doubles with each try of the ceiling that is refused
 
-# At 30 % faults, this many in a row come by chance once in 200 million calls.
+# At 30 % faults, this many in a row come by chance once in 300 million calls.
 LEAST_FAULTS = 16
 FIRST_REST_S, LONGEST_REST_S = 5.0, 30.0
 PATIENCE_S = 300.0
@@ -71,9 +72,10 @@ class Change:
 class Limit:
     """How many calls the server takes at once: fixed, or learnt from its answers.
 
-    Until the first refusal, each clean round doubles it. A refusal that rank explains sets it to just below that rank,
-    and the least rank refused stays as a ceiling, which is tried again only after a quiet time. Any other refusal takes a
-    fifth off, once per cool-down. Later rounds add 5 %. Faults start the round over and never cut.
+    Until the first refusal, each clean round doubles it. A refused call of a rank that has not worked is one too many: it
+    takes one off (which of a burst it is says nothing, for calls overtake one another), and what was refused stays as a
+    ceiling, which is tried again only after a quiet time. Any other refusal takes a fifth off, once per cool-down. Later
+    rounds add 5 %. Faults start the round over and never cut.
     """
 
     def __init__(self, concurrency: Concurrency, name: str, now: float) -> None:
@@ -84,7 +86,7 @@ class Limit:
         self._ceiling: int | None = None
         self._proved: int | None = 0  # the highest rank answered; None after a refusal that put all ranks in doubt
         self._round = self._peak = 0
-        self._floor = LEAST  # what the refusals of one burst may take the limit down to
+        self._floor = LEAST  # half of what it was when the burst came whose refusals take it down
         self._hold = self._next_cut = self._refused = -math.inf
         self._quiet_s = QUIET_S
 
@@ -122,16 +124,16 @@ class Limit:
         self.start_round()
         self._refused = now
         self._hold = max(self._hold, now + max(COOL_DOWN_S, wait_s))
-        late = ticket.cuts < self.cuts  # the cut that it calls for was made while it was under way
+        late = ticket.cuts < self.cuts  # sent before the last cut
         if ticket.rank > 1 and self._proved is not None and ticket.rank > NEAR * self._proved:
             if not late:
                 if self._ceiling is not None and self.value >= self._ceiling:
                     self._quiet_s = min(2 * self._quiet_s, LONGEST_QUIET_S)
                 self.cuts += 1
                 self._floor = math.ceil(self.value / 2)
-            self._ceiling = min(self._ceiling or ticket.rank, ticket.rank)
-            target = max(ticket.rank - 1, self._floor)
-            self._set(min(self.value, target), f"call {ticket.rank} of those under way was refused", now)
+            if self.value > self._floor:
+                self._ceiling = min(self._ceiling or self.value, self.value)
+                self._set(self.value - 1, "one too many was refused", now)
             return True
         if not late and now >= self._next_cut:
             self.cuts += 1
@@ -154,7 +156,7 @@ class Limit:
                 target, reason = self._ceiling, f"quiet for {self._quiet_s:.0f} s: one more is tried"
             else:
                 return
-        self._set(max(self.value, min(target, MOST)), reason, now)
+        self._set(min(target, MOST), reason, now)
 
     def _set(self, value: int, reason: str, now: float) -> None:
         if value != self.value:
@@ -344,11 +346,8 @@ class Pace:
             self._limit.answered(ticket, how == "clean", now)
             self._breaker.answered()
         elif how == "throttled":
-            for other in self._flying.values():
-                if other.serial > ticket.serial:
-                    other.rank -= 1  # the refused call took no place of the server's before it
             if not self._limit.refused(ticket, wait_s, now) and wait_s > 0:
-                self._kept[ticket.serial] = now + wait_s
+                self._kept[ticket.serial] = now + wait_s + GRACE_S
             if ticket.trial:
                 self._breaker.answered()
         elif how == "fault":

@@ -45,6 +45,7 @@ LONGEST_ASKED_S = 120.0  # a server that asks for more is not disobeyed: the cal
 LONGEST_CONNECT_S = 10.0
 POOL = 8  # connections of one client: httpx looks at all of them for every call, so many small pools beat a large one
 _JSON = "application/json"
+_ESCAPED = re.compile(r"\\[u/]")
 _RESET = re.compile(r"x-ratelimit-reset-.+|anthropic-ratelimit-.+-reset")
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d*)?)s)?(?:(\d+(?:\.\d*)?)ms)?", re.ASCII)
 _UNITS_S = (86_400.0, 3_600.0, 60.0, 1.0, 0.001)
@@ -83,6 +84,8 @@ class Sender:
 
     def __init__(self, transport: Transport, stack: AsyncExitStack) -> None:
         self._transport, self._stack = transport, stack
+        self._idle: set[asyncio.Task[Any] | None] = set()  # calls that wait for their turn, or until their next try
+        self._over = False
         self._free: list[httpx.AsyncClient] = []  # an entry for each connection that is not in use
 
     async def send(self, call: Call, parse: Callable[[Any], T]) -> Outcome[T]:
@@ -109,9 +112,18 @@ class Sender:
         """
         return await self._repeat(_Request("GET", url), parse)
 
+    def quit(self) -> None:
+        """Send nothing more: calls that are not under way are cancelled, those that are end with this try."""
+        self._over = True
+        for task in self._idle:
+            if task is not None:
+                task.cancel()
+
     async def _repeat(self, request: _Request, parse: Callable[[Any], T]) -> Outcome[T]:
+        task = asyncio.current_task()
+        self._idle.add(task)
         try:
-            value = await self._transport.retrying()(self._once, request, parse)
+            value: T = await self._transport.retrying()(self._once, request, parse)
         except _Dropped as dropped:
             return Outcome(request.sent, None, dropped.reason, dropped.detail)
         except _Failed as failure:
@@ -121,6 +133,8 @@ class Sender:
                 f"teacher at {self._transport.wire.base_url} can't be reached ({failure.detail}); "
                 "start the server or correct teacher.base_url"
             ) from None
+        finally:
+            self._idle.discard(task)
         return Outcome(request.sent, value)
 
     async def _once(self, request: _Request, parse: Callable[[Any], T]) -> T:
@@ -130,6 +144,8 @@ class Sender:
         request.tries += 1
         how: How = "gone"
         wait_s = 0.0
+        task = asyncio.current_task()
+        self._idle.discard(task)
         try:
             payload, response = await self._exchange(request)
             value = transport.read(payload, response, parse)
@@ -137,6 +153,8 @@ class Sender:
             return value
         except _Failed as failure:
             how, wait_s = failure.how, failure.wait_s
+            if self._over:
+                raise _Dropped("error", failure.detail, how) from None
             if request.tries < transport.max_attempts:
                 wait_s = failure.wait_s = max(wait_s, transport.backoff(request.tries))
             raise
@@ -147,6 +165,7 @@ class Sender:
             how = "answered"
             raise
         finally:
+            self._idle.add(task)
             transport.pace.leave(ticket, how, wait_s)
 
     async def _exchange(self, request: _Request) -> tuple[Any, httpx.Response]:
@@ -237,12 +256,17 @@ class Transport:
         return ceiling * self._random.uniform(0.5, 1.0)
 
     def payload(self, response: httpx.Response) -> Any:
-        """The reply's JSON without the key; None if it is none."""
+        """The reply's JSON without the key, and without lone surrogates, which no tokenizer takes; None if it is none."""
         kind = response.headers.get("content-type", _JSON)
         if "json" not in kind.lower():
             return None
         try:
-            return json.loads(self.wire.scrub(response.content.decode("utf-8")))
+            text = self.wire.scrub(response.content.decode("utf-8"))
+            payload = json.loads(text)
+            if _ESCAPED.search(text):  # either may hide behind an escape
+                text = self.wire.scrub(json.dumps(payload, ensure_ascii=False))
+                payload = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            return payload
         except (ValueError, RecursionError):
             return None
 

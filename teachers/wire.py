@@ -62,6 +62,11 @@ class TeacherConfig(Settings):
     fingerprint: str | None = None
     price: Price | None = None
 
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a bare `off`
+
 
 class HttpConfig(TeacherConfig):
     """The settings that every teacher behind HTTP has.
@@ -271,6 +276,15 @@ class Shows(Protocol):
 
     async def shown(self, messages: Sequence[Message]) -> str | None:
         """The rendering of a chat, control tokens included; None where it can't be told."""
+        ...
+
+
+@runtime_checkable
+class Quits(Protocol):
+    """A session whose calls may wait before they are sent."""
+
+    def quit(self) -> None:
+        """Send nothing more: calls that are not under way are cancelled."""
         ...
 
 

@@ -7,8 +7,9 @@ import email.utils
 import json
 import logging
 import math
+import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -289,6 +290,17 @@ def test_a_server_that_asks_for_a_long_rest_is_not_asked_again(asks: str) -> Non
     assert bench.pace.ends == [("throttled", 0.0)]
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clock does not show UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_what_a_header_says_in_seconds() -> None:
     for value, meant in {"7": 7, " 7.5 ": 7.5, "1m30s": 90, "6ms": 0.006, "1h2m3.5s": 3723.5, "2d": 172_800}.items():
         assert seconds(value) == pytest.approx(meant)
@@ -303,7 +315,14 @@ def test_what_a_header_says_in_seconds() -> None:
     ):
         assert 28 < seconds(value) <= 30, value
     useless = ("", " ", "-3", "soon", "nan", "inf", "1e999", "m", "30s1m", "-1m", email.utils.formatdate(0))
-    for nothing in (None, *useless, "2001-01-01T00:00:00Z", "Mon, 99 Foo 2020", "9999-99-99T00:00:00Z"):
+    for nothing in (
+        None,
+        *useless,
+        "2001-01-01T00:00:00Z",
+        "Mon, 99 Foo 2020",
+        "9999-99-99T00:00:00Z",
+        f"1 Jan {9**99} 00:00:00 GMT",
+    ):
         assert seconds(nothing) == 0, nothing
 
 
@@ -390,6 +409,24 @@ def test_a_call_that_waits_for_its_next_try_lets_others_go() -> None:
     assert (first.attempts, second.attempts) == (2, 1)
     assert began == {"a": 1000, "b": 1000}
     assert clock() == 1032
+
+
+def test_a_refused_call_comes_back_to_its_place_before_new_ones() -> None:
+    clock = Clock()
+    names: list[tuple[str, float]] = []
+
+    def answer(request: httpx.Request) -> Said:
+        names.append((json.loads(request.content)["name"], clock() - 1000))
+        return limited(retry_after="30") if len(names) == 1 else Said(delay_s=2)
+
+    transport = Transport(Back(), Pace(1, clock=clock), timeout_s=9, max_attempts=2, http=Network(by=answer))
+
+    async def main() -> None:
+        async with transport.session() as sender:
+            await asyncio.gather(*(sender.send(a_call(name=name), dict) for name in "abc"))
+
+    clock.run(main())
+    assert names == [("a", 0), ("a", 30), ("b", 32), ("c", 34)]
 
 
 def test_while_the_server_is_down_calls_wait_without_using_up_their_tries() -> None:
@@ -573,6 +610,29 @@ def test_a_reply_slower_than_the_time_out_is_tried_again() -> None:
         async with socket.serving() as url:
             (outcome,) = await over(url, Pace(1), timeout_s=0.2, sleep=no_sleep)
         assert (outcome.attempts, outcome.value) == (2, {"text": "hello"})
+
+    asyncio.run(main())
+
+
+def test_the_time_out_bounds_the_whole_call_also_where_bytes_keep_coming() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        try:
+            for _ in range(50):
+                writer.write(b" ")
+                await asyncio.sleep(0.1)
+        finally:
+            writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        begun = time.monotonic()
+        (outcome,) = await over(url, Pace(1), timeout_s=0.5, max_attempts=1)
+        assert "no reply within 0.5 s" in outcome.detail
+        assert time.monotonic() - begun < 4
+        server.close()
 
     asyncio.run(main())
 
