@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install quickstart test lint fix demo-models results browser
+# the counterparts of `make contract`
+PARTS ?= vllm,litellm,llamacpp
+
+.PHONY: install quickstart test contract lint fix demo-models results browser
 
 install: $(VENV)/.installed
 
@@ -19,6 +22,9 @@ quickstart: install  ## distil the shipped student from the shipped text-only te
 
 test: install
 	$(BIN)/python -m pytest
+
+contract: install  ## adapters against real servers, each in an environment made under .contract/
+	OMNIOPD_CONTRACT='$(PARTS)' $(BIN)/python -m pytest tests/contract
 
 lint: install
 	$(BIN)/ruff check .
