@@ -168,9 +168,10 @@ def _probe(arguments: argparse.Namespace) -> None:
     from omniopd.run import Run
 
     run = Run(load_config(arguments.config, arguments.overrides), Progress())
-    found = asyncio.run(probe_run(run, fidelity=arguments.fidelity, agree=None if arguments.yes else _agree))
+    agree = _tell if arguments.yes else _agree
+    found = asyncio.run(probe_run(run, fidelity=arguments.fidelity, agree=agree))
     if arguments.json:
-        print(json.dumps(found.record, indent=2, ensure_ascii=False))
+        print(json.dumps(found.to_json(), indent=2))
         return
     print_probe(found.record)
     print_prompts(found.prompts)
@@ -180,10 +181,23 @@ def _probe(arguments: argparse.Namespace) -> None:
         print(f"omniopd train would refuse: {sentence}")
 
 
+def _tell(cost: str) -> bool:
+    """Say what is to be spent."""
+    print(cost, file=sys.stderr, flush=True)
+    return True
+
+
 def _agree(cost: str) -> bool:
-    """Ask the user, where there is one."""
-    print(cost, flush=True)
-    return not sys.stdin.isatty() or input("go on? [y/N] ").strip().lower() in ("y", "yes")
+    """Say what is to be spent, and ask.
+
+    Raises:
+        ConfigError: there is nobody to ask.
+    """
+    _tell(cost)
+    if not sys.stdin.isatty():
+        raise ConfigError("probe: there is no terminal to ask on; add --yes to agree to that")
+    print("go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -216,7 +230,10 @@ def _cache(arguments: argparse.Namespace) -> None:
 def _write_lines(rows: Iterable[Mapping[str, Any]], out: Path | None) -> None:
     try:
         with out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as target:
-            target.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            target.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: any text, on any terminal
+            target.flush()
+    except BrokenPipeError:  # the reader has gone, as `head` does; the interpreter must not write to it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         raise RunError(f"--out: {out}: {error.strerror or error}") from None
 

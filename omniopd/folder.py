@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from omniopd.config import RunConfig, dump_config
-from omniopd.errors import RunError
+from omniopd.errors import BudgetSpent, RunError
 from omniopd.types import Usage
 from students.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from students.policy import Policy
@@ -167,6 +167,19 @@ class RunFolder:
                     f"teacher: the run began with {began_with}, this is {fingerprint}; use the teacher it began with"
                 )
 
+    def check_budget(self) -> None:
+        """Refuse to go on with no more money than what has stopped the run: another order of calls might find a cheaper
+        one that still fits."""
+        path, budget = self.path / "summary.json", self.config.budget_usd
+        stopped = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if stopped.get("status") == "out of budget" and budget is not None:
+            teacher = stopped["teacher"]
+            if budget <= teacher["budget_usd"]:
+                raise BudgetSpent(
+                    f"budget_usd: the run has spent {teacher['spent_usd']:.4f} of {teacher['budget_usd']:g} dollars and "
+                    f"stopped there, and budget_usd is {budget:g}; raise it, then continue with --resume"
+                )
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json("summary.json", summary)
 
@@ -197,7 +210,7 @@ class RunFolder:
         if not log.exists():
             return
         kept = []
-        for line in log.read_text(encoding="utf-8").splitlines():
+        for line in log.read_text(encoding="utf-8").split("\n"):  # other line ends are text
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # a line that a crash left half-written

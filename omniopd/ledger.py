@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -50,6 +50,11 @@ class Price(Settings):
         )
         return whole / 1e6
 
+    def most(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """USD for these tokens at most: all input at the dearest of its prices."""
+        dearest = max(self.prompt, self.cache_read or 0.0, self.cache_write or 0.0)
+        return (prompt_tokens * dearest + completion_tokens * self.completion) / 1e6
+
 
 class PriceList(Settings):
     """A file of prices: `date`, `currency: USD`, and `models`, names (or patterns with *) to prices."""
@@ -60,8 +65,10 @@ class PriceList(Settings):
 
     def find(self, model: str) -> Price | None:
         """The price of that model: its own name first, else the longest pattern that fits."""
+        if model in self.models:
+            return self.models[model]
         fitting = [name for name in self.models if fnmatchcase(model, name)]
-        return self.models[max(fitting, key=lambda name: (name == model, len(name)))] if fitting else None
+        return self.models[max(fitting, key=len)] if fitting else None
 
 
 def read_prices(path: Path) -> PriceList:
@@ -81,6 +88,25 @@ def read_prices(path: Path) -> PriceList:
         raise ConfigError(f"prices: {path}: {first_problem(error, PriceList)}") from None
 
 
+class Reserved:
+    """Money for one call, until it is released; a `with` block releases it at its end."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Give it back; doing so again does nothing."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Reserved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class Ledger:
     """The money of one run. `run` names it in the store; a resumed run has the name that it began with."""
 
@@ -92,7 +118,7 @@ class Ledger:
         self.spent = store.spent(run)
         self.reserved = 0.0
         self._under_way = 0
-        self._settled: list[asyncio.Future[None]] = []
+        self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
 
     def price(self, model: str, own: Price | None) -> tuple[Price | None, str]:
         """What a teacher charges (its own setting, else the price file), and where that price is from.
@@ -110,35 +136,56 @@ class Ledger:
             )
         return found, f"prices of {self.prices.date}" if found and self.prices else ""
 
-    @asynccontextmanager
-    async def reserve(self, usd: float) -> AsyncIterator[None]:
-        """Money for one call while the context lasts.
+    async def reserve(self, usd: float) -> Reserved:
+        """Money for one call; it must be released when the call has been booked. Calls get it in the order they ask.
 
         Raises:
             BudgetSpent: it does not fit into what is left, and nothing under way can free any.
         """
-        if self.budget_usd is not None:
-            while self.spent + self.reserved + usd > self.budget_usd:
-                if self._under_way == 0:
-                    raise BudgetSpent(
-                        f"budget_usd: {self.spent:.4f} of {self.budget_usd:g} dollars are spent and the next call may "
-                        f"cost {usd:.4f}; raise budget_usd, then continue with --resume"
-                    )
-                settled = asyncio.get_running_loop().create_future()
-                self._settled.append(settled)
-                await settled
-        self.reserved, self._under_way = self.reserved + usd, self._under_way + 1
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((usd, turn))
+        self._admit()
         try:
-            yield
-        finally:
-            self._under_way -= 1
-            self.reserved = self.reserved - usd if self._under_way else 0.0  # rounding does not add up
-            waiting, self._settled = self._settled, []
-            for future in waiting:
-                if not future.done():
-                    future.set_result(None)
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:  # its turn came in the same moment
+                self._free(usd)
+            else:
+                self._admit()  # the one behind may be cheaper
+            raise
+        return Reserved(lambda: self._free(usd))
 
     def note(self, booking: Booking | None) -> None:
         """Count a booking that the store has taken."""
         if booking is not None:
             self.spent += booking.cost_usd
+
+    def _admit(self) -> None:
+        while self._waiting:
+            usd, turn = self._waiting[0]
+            if turn.done():
+                self._waiting.popleft()
+            elif self.budget_usd is None or self.spent + self.reserved + usd <= self.budget_usd:
+                self._waiting.popleft()
+                self.reserved, self._under_way = self.reserved + usd, self._under_way + 1
+                turn.set_result(None)
+            elif self._under_way:
+                return
+            else:
+                self._refuse(usd)
+
+    def _refuse(self, usd: float) -> None:
+        """The run ends: those behind in the queue get nothing either, though a cheaper call might still fit."""
+        message = (
+            f"budget_usd: {self.spent:.4f} of {self.budget_usd:g} dollars are spent and the next call may cost {usd:.4f}; "
+            "raise budget_usd, then continue with --resume"
+        )
+        for _, turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(BudgetSpent(message))
+        self._waiting.clear()
+
+    def _free(self, usd: float) -> None:
+        self._under_way -= 1
+        self.reserved = self.reserved - usd if self._under_way else 0.0  # rounding does not add up
+        self._admit()

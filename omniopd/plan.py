@@ -1,80 +1,87 @@
-"""What a run would do and cost, without spending anything: `omniopd train CONFIG --dry-run`.
-
-The student is local and free, so the forecast samples a few rollouts from it and counts what the method would ask about
-them, instead of guessing lengths.
-"""
+"""What a run would do and cost, without spending anything: `omniopd train CONFIG --dry-run`."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omniopd.ledger import Ledger, Price, read_prices
+from omniopd.pilot import Counter, Pilot, queries_of, run_digest
 from omniopd.registry import TEACHERS
 from omniopd.run import Run
 from omniopd.store import Store
-from omniopd.types import ContinueQuery, Query, Usage
-from teachers.probe import disproved
+from omniopd.types import AnswerQuery, Query, Usage
+from teachers.findings import disproved
 
-SAMPLED = 16  # rollouts that the forecast is made from
+SAMPLED = 128  # rollouts that the forecast is made from, spread over the steps
+UNWRITTEN = 4096  # the same for a method whose student writes nothing, so that they cost nothing
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Teacher use of a whole run, and where the numbers are from.
+    """What a whole run asks of its teacher: `expected`, and `most` if every text runs into its limit and no cache helps.
 
-    Without a pilot, tokens are counted with the student's tokenizer (the teacher's may differ), and a prompt cache is not
-    reckoned with. With one (`omniopd probe`), they are what the first queries of this very run really used.
+    `measured`: scaled up from what a pilot really used; else counted with the student's tokenizer (the teacher's may
+    differ), as if one call brought all draws of a query, and without a prompt cache.
     """
 
-    calls: int
-    prompt_tokens: int
-    completion_tokens_limit: int  # if every reply runs into its token limit
-    completion_tokens_expected: int
-    cost_limit_usd: float | None
-    cost_expected_usd: float | None
-    measured: bool = False
+    expected: Usage
+    most: Usage
+    measured: bool
 
 
-def forecast(run: Run, price: Price | None = None, pilot: Mapping[str, float] | None = None) -> Forecast:
-    """Count what the method asks about a few rollouts, and scale it up to all steps.
+def forecast(run: Run, record: Mapping[str, Any] | None = None) -> Forecast:
+    """Count what the method asks about some rollouts of the untrained student, and scale it up to all steps.
 
     Args:
-        pilot: calls and tokens that one query really used, from a probe's record.
+        record: of the last probe of this teacher; its pilot counts if it was one of this very run.
     """
-    train = run.config.train
-    count = min(SAMPLED, train.prompts_per_step, len(run.task.train))
-    prompts = run.prompts(1)[:count]
-    rollouts = run.sampler.sample(prompts, 1) if run.method.on_policy else run.sampler.unwritten(prompts)
-    queries = run.method.audit(rollouts, 1)
-    scale = train.steps * train.prompts_per_step / count
-    asked = len(queries) * scale
-    limit = sum(query.n * query.max_tokens for query in queries) * scale
-    if pilot is None:
-        calls = asked
+    queries, scale = sampled(run)
+    counter = Counter(run, record["rung"] if record else None)
+    read = sum(counter.read(query) for query in queries) * scale
+    written = sum(counter.most(query) for query in queries) * scale
+    pilot = Pilot(**record["pilot"]) if record and record["pilot"] else None
+    if pilot is not None and pilot.run == run_digest(run) and pilot.counted:
+        asked, longer = len(queries) * scale / pilot.queries, read / pilot.counted
         expected = Usage(
-            prompt_tokens=round(sum(_prompt_tokens(run, query) for query in queries) * scale),
-            completion_tokens=round(sum(query.n * _expected_tokens(query) for query in queries) * scale),
+            calls=round(pilot.calls * asked),
+            prompt_tokens=round(pilot.prompt_tokens * longer),
+            completion_tokens=round(pilot.completion_tokens * asked),
+            cache_read_tokens=round(pilot.cache_read_tokens * longer),
+            cache_write_tokens=round(pilot.cache_write_tokens * longer),
         )
-    else:
-        calls = pilot["calls"] * asked
-        expected = Usage(
-            prompt_tokens=round(pilot["prompt"] * asked),
-            completion_tokens=round(pilot["completion"] * asked),
-            cache_read_tokens=round(pilot["cache_read"] * asked),
-            cache_write_tokens=round(pilot["cache_write"] * asked),
-        )
-    worst = Usage(prompt_tokens=expected.prompt_tokens, completion_tokens=round(limit))
-    return Forecast(
+        most = replace(expected, completion_tokens=round(written), cache_read_tokens=0, cache_write_tokens=0)
+        return Forecast(expected, most, True)
+    together = getattr(run.config.teacher, "n", True)  # false: a call for each draw; auto: that may turn out
+    alone = sum(query.n * counter.read(query) for query in queries) * scale
+    calls = sum(query.n if together is False else 1 for query in queries) * scale
+    expected = Usage(
         calls=round(calls),
-        prompt_tokens=expected.prompt_tokens,
-        completion_tokens_limit=round(limit),
-        completion_tokens_expected=expected.completion_tokens,
-        cost_limit_usd=price.cost(worst) if price else None,
-        cost_expected_usd=price.cost(expected) if price else None,
-        measured=pilot is not None,
+        prompt_tokens=round(alone if together is False else read),
+        completion_tokens=round(sum(counter.expected(query) for query in queries) * scale),
     )
+    most = replace(expected, prompt_tokens=round(read if together is True else alone), completion_tokens=round(written))
+    return Forecast(expected, most, False)
+
+
+def sampled(run: Run) -> tuple[list[Query], float]:
+    """Queries of steps spread over the run, and how many times as many the whole run has."""
+    steps, size = run.config.train.steps, run.config.train.prompts_per_step
+    rollouts = min(size, SAMPLED)
+    count = min(steps, max(1, (SAMPLED if run.method.on_policy else UNWRITTEN) // size))
+    picked = [1 + i * steps // count for i in range(count)]
+    queries = [query for step in picked for query in queries_of(run, step, rollouts)]
+    return queries, steps * size / (count * rollouts) if count else 0.0
+
+
+def teacher_eval(run: Run) -> Usage:
+    """The most that `eval.teacher` uses: a whole answer to every held-out problem."""
+    limit, counter = run.config.eval.teacher_tokens, Counter(run)
+    queries = [AnswerQuery(prompt, row, 1, limit, 0) for row, prompt in enumerate(run.heldout)]
+    read, written = sum(map(counter.read, queries)), sum(map(counter.most, queries))
+    return Usage(calls=len(queries), prompt_tokens=read, completion_tokens=written)
 
 
 def known_of(run: Run) -> tuple[Price | None, dict[str, Any] | None]:
@@ -87,19 +94,12 @@ def known_of(run: Run) -> tuple[Price | None, dict[str, Any] | None]:
     store = Store(config.store_path)
     try:
         teacher = TEACHERS.build(config.teacher, store, Ledger(store, prices=prices))
-        return getattr(teacher, "price", None), getattr(teacher, "probe", None)
+        try:
+            return getattr(teacher, "price", None), getattr(teacher, "probe", None)
+        finally:
+            asyncio.run(teacher.close())
     finally:
         store.close()
-
-
-def _prompt_tokens(run: Run, query: Query) -> int:
-    prefix = query.chunk.start if isinstance(query, ContinueQuery) else 0
-    return len(run.policy.prompt_ids(query.prompt)) + prefix
-
-
-def _expected_tokens(query: Query) -> int:
-    """A continuation nearly always runs into its limit; an answer is as long as it likes, half of it as a guess."""
-    return query.max_tokens if isinstance(query, ContinueQuery) else query.max_tokens // 2
 
 
 def memory_gb(run: Run) -> dict[str, float]:
@@ -125,20 +125,10 @@ def memory_gb(run: Run) -> dict[str, float]:
 def describe(run: Run) -> Sequence[tuple[str, str]]:
     """The plan as rows of (what, value)."""
     config, method = run.config, run.config.method
-    price, probed = known_of(run)
-    ahead = forecast(run, price, (probed or {}).get("pilot"))
     memory = memory_gb(run)
     signals = [signal.name for signal in getattr(method, "signals", [])]
     score = getattr(getattr(method, "score", None), "name", None)
-    money = (
-        "no price is known (teacher.price, or a file in prices), so no price forecast"
-        if ahead.cost_expected_usd is None
-        else f"${ahead.cost_expected_usd:,.2f} expected, ${ahead.cost_limit_usd:,.2f} at most (without any cache discount)"
-    )
-    if config.budget_usd is not None:
-        money += f"; budget ${config.budget_usd:g}"
-    source = "measured by the probe's pilot" if ahead.measured else "estimated; omniopd probe measures it"
-    rows = [
+    return [
         (
             "student",
             f"{config.student.path}, {'LoRA' if config.student.lora else 'full fine-tuning'}, {config.student.dtype}",
@@ -154,19 +144,47 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
             "steps",
             f"{config.train.steps} of {config.train.prompts_per_step} prompts, lr {config.train.learning_rate:g}",
         ),
-        ("teacher calls", f"{ahead.calls:,}"),
-        (
-            "teacher tokens",
-            f"{ahead.prompt_tokens:,} in, {ahead.completion_tokens_expected:,} out ({source}); at most "
-            f"{ahead.completion_tokens_limit:,} out",
-        ),
-        ("price", money),
+        *_asked(run),
         ("memory", f"about {sum(memory.values()):.2f} GB: " + ", ".join(f"{n} {gb:.2f}" for n, gb in memory.items())),
         ("output", str(config.output)),
+        *(("caution", caution) for caution in run.cautions()),
+    ]
+
+
+def _asked(run: Run) -> list[tuple[str, str]]:
+    """The rows about the teacher: what it will be asked, what that costs, and what a probe found of it."""
+    config = run.config
+    price, probed = known_of(run)
+    ahead, measuring = forecast(run, probed), Usage()
+    source = "measured by the probe's pilot" if ahead.measured else "estimated; omniopd probe measures it"
+    rows = [
+        ("teacher calls", f"{ahead.expected.calls:,}"),
+        (
+            "teacher tokens",
+            f"{ahead.expected.prompt_tokens:,} in, {ahead.expected.completion_tokens:,} out ({source}); at most "
+            f"{ahead.most.completion_tokens:,} out",
+        ),
     ]
     if config.eval.teacher:
-        limit = len(run.heldout) * config.eval.teacher_tokens
-        rows.insert(9, ("eval.teacher", f"{len(run.heldout)} more calls, up to {limit:,} tokens out"))
-    rows += [("probe", f"{probed['at']}: continuation {probed['rung']}")] if probed else []
-    rows += [("refused", sentence) for sentence in disproved(config.teacher, probed)] if probed else []
-    return rows + [("caution", caution) for caution in run.cautions()]
+        measuring = teacher_eval(run)
+        rows.append(
+            (
+                "eval.teacher",
+                f"{measuring.calls:,} more calls, {measuring.prompt_tokens:,} in, up to {measuring.completion_tokens:,} out",
+            )
+        )
+    money = "no price is known (teacher.price, or a file in prices), so no price forecast"
+    if price is not None:
+        most = ahead.most + measuring
+        expected, most_usd = (
+            price.cost(ahead.expected + measuring),
+            price.most(most.prompt_tokens, most.completion_tokens),
+        )
+        money = f"${expected:,.2f} expected, ${most_usd:,.2f} at most (without any cache discount)"
+    if config.budget_usd is not None:
+        money += f"; budget ${config.budget_usd:g}"
+    rows.append(("price", money))
+    if probed:
+        rows.append(("probe", f"{probed['at']}: continuation {probed['rung']}"))
+        rows += [("refused", sentence) for sentence in disproved(config.teacher, probed)]
+    return rows

@@ -8,36 +8,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from statistics import fmean
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from omniopd import pilot
 from omniopd.errors import ConfigError
 from omniopd.ledger import Ledger
-from omniopd.prompt_check import compare_prompts
+from omniopd.prompt_check import Compared, compare_prompts
 from omniopd.registry import TEACHERS
 from omniopd.run import Run, open_teacher
 from omniopd.summary import used
 from omniopd.types import Continuations, ContinueQuery, Query, Teacher, Usage
+from teachers.backend import estimate_tokens
 from teachers.client import ApiTeacher
+from teachers.findings import Record, disproved
 from teachers.ladder import Rung
-from teachers.probe import CHECKS, MOST_CALLS, Record, disproved, probe
+from teachers.probe import FRAME, at_most, probe, questions
 
-PILOT = 16  # rollouts of the first step
 OTHER_SEEDS = 1_000_003  # far from any draw's own
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What a probe will use at most."""
-
-    calls: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost_usd: float | None
 
 
 @dataclass(frozen=True)
@@ -60,9 +52,18 @@ class Found:
     """All that `omniopd probe` shows."""
 
     record: dict[str, Any]
-    prompts: tuple[list[tuple[str, str, str]], list[str]] | None
+    prompts: Compared | None
     disproved: list[str]
     fidelity: list[Fidelity]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the record as it is kept, and beside it what is not kept."""
+        return {
+            **self.record,
+            "prompts": asdict(self.prompts) if self.prompts else None,
+            "disproved": self.disproved,
+            "fidelity": [asdict(row) for row in self.fidelity],
+        }
 
 
 async def probe_run(run: Run, *, fidelity: bool = False, agree: Callable[[str], bool] | None = None) -> Found:
@@ -76,17 +77,18 @@ async def probe_run(run: Run, *, fidelity: bool = False, agree: Callable[[str], 
         TeacherError: it can't be reached, or refuses the key or the model.
     """
     async with open_teacher(run) as (teacher, ledger):
-        live, queries = the_teacher(teacher), pilot_queries(run)
-        most = ahead(run, live, queries)
-        price = "no price is known" if most.cost_usd is None else f"${most.cost_usd:.4f}"
-        cost = f"{most.calls} calls, {most.prompt_tokens:,} tokens in, {most.completion_tokens:,} out, {price} at most"
-        if agree is not None and not agree(f"the probe asks the live teacher: {cost}"):
+        live, queries = the_teacher(teacher), pilot.pilot_queries(run)
+        chunks = comparable(live, queries) if fidelity else []
+        if agree is not None and not agree(ahead(run, live, queries, chunks)):
             raise ConfigError("probe: not agreed to; nothing was sent")
-        with run.progress.task("probing", total=CHECKS + len(live.backend.rungs), brief=True) as bar:
-            record = await probe_teacher(run, live, queries, lambda done: bar.advance(by=done - bar.done))
-        prompts = await compare_prompts(run.policy, live, run.task.train[0])
-        rows = await compare_rungs(run, live, ledger, queries) if fidelity else []
-    return Found(record.to_json(), prompts, disproved(run.config.teacher, record.to_json()), rows)
+        earlier = (live.probe or {}).get("pilot")
+        with run.progress.task("probing", total=len(questions(live)), brief=True) as bar:
+            record = await probe(live, run.task.train[0], lambda done: bar.advance(by=done - bar.done))
+        record = await run_pilot(run, live, replace(record, pilot=earlier), queries)
+        prompts = await compare_prompts(run.policy, live, run.task.train)
+        rows = await compare_rungs(run, live, ledger, chunks) if fidelity else []
+    plain = record.to_json()
+    return Found(plain, prompts, disproved(run.config.teacher, plain), rows)
 
 
 def the_teacher(teacher: Teacher) -> ApiTeacher:
@@ -100,62 +102,81 @@ def the_teacher(teacher: Teacher) -> ApiTeacher:
     return teacher
 
 
-def pilot_queries(run: Run, rollouts: int = PILOT) -> list[Query]:
-    """What the first step of the run asks about its first rollouts; the run itself asks the very same."""
-    count = min(rollouts, run.config.train.prompts_per_step)
-    prompts = run.prompts(1)[:count]
-    written = run.sampler.sample(prompts, 1) if run.method.on_policy else run.sampler.unwritten(prompts)
-    return run.method.audit(written, 1)
+def ahead(run: Run, teacher: ApiTeacher, queries: Sequence[Query], chunks: Sequence[Query] = ()) -> str:
+    """What a probe uses at most, with the pilot's queries and the chunks that rungs are compared on."""
+    counter = pilot.Counter(run, teacher.manner.rung)
+
+    def size(text: str) -> int:
+        return max(estimate_tokens([text]), counter.size(text))  # the teacher's tokens may be other ones
+
+    def asking(queries: Sequence[Query], times: int = 1) -> Usage:
+        asks = [(query.n * times, teacher.manner.ask(query)) for query in queries]
+        return Usage(
+            calls=sum(n for n, _ in asks),
+            prompt_tokens=sum(n * sum(size(turn.content) + FRAME for turn in ask.messages) for n, ask in asks),
+            completion_tokens=sum(n * ask.max_tokens for n, ask in asks),
+        )
+
+    usage = at_most(teacher, run.task.train[0], size) + asking(queries) + asking(chunks, len(teacher.backend.rungs) + 1)
+    cost = teacher.price.most(usage.prompt_tokens, usage.completion_tokens) if teacher.price else None
+    return (
+        f"the probe asks the live teacher: at most {usage.calls:,} calls, {usage.prompt_tokens:,} tokens in, "
+        f"{usage.completion_tokens:,} out, {'no price is known' if cost is None else f'${cost:.4f}'}"
+    )
 
 
-def ahead(run: Run, teacher: ApiTeacher, queries: Sequence[Query]) -> Ahead:
-    """The most that a probe of this teacher uses, before anything is sent; the pilot's answers serve the run itself."""
-    prompt = len(run.policy.prompt_ids(run.task.train[0])) + 60
-    read = MOST_CALLS * 2 * prompt + 6_000 + sum(query.n * 3 * prompt for query in queries)
-    written = MOST_CALLS * 64 + sum(query.n * query.max_tokens for query in queries)
-    usage = Usage(prompt_tokens=read, completion_tokens=written)
-    return Ahead(MOST_CALLS + sum(query.n for query in queries), read, written, teacher.price_of(usage))
+async def run_pilot(run: Run, teacher: ApiTeacher, record: Record, queries: Sequence[Query]) -> Record:
+    """Ask the pilot's queries; the record with what they used is kept in the run's store.
 
-
-async def probe_teacher(
-    run: Run, teacher: ApiTeacher, queries: Sequence[Query], progress: Callable[[int], None] | None = None
-) -> Record:
-    """Probe the teacher and run the pilot; the record is kept in the run's store.
+    Answers that are in the store already cost nothing and so tell no price: then the record's earlier pilot stays.
 
     Raises:
         TeacherError: the teacher can't be reached, or refuses the key or the model.
         BudgetSpent: there is no money left for it.
     """
-    record = await probe(teacher, run.task.train[0], progress)
-    evidence = await teacher.gather(queries)
-    spent = used(evidence)
-    if spent.calls and not spent.cached_calls:  # answers from the store cost nothing and tell no price
-        amounts = {"calls": spent.calls, "prompt": spent.prompt_tokens, "completion": spent.completion_tokens}
-        amounts |= {"cache_read": spent.cache_read_tokens, "cache_write": spent.cache_write_tokens}
-        pilot = {name: amount / len(queries) for name, amount in amounts.items()}
-        record = replace(record, pilot=pilot)
-        teacher.keep_probe(record.to_json())
+    spent = used(await teacher.gather(queries))
+    rung = teacher.manner.rung
+    if rung != record.rung and run.config.teacher.continuation == "auto":
+        run.progress.say(f"caution: the store holds answers drawn on '{rung}', so a run with it stays there")
+    if queries and not spent.cached_calls:
+        measured = pilot.Pilot.of(run, pilot.Counter(run, rung), queries, spent)
+        record = replace(record, pilot=measured.to_json())
+    teacher.keep_probe(record.to_json())
     return record
 
 
-async def compare_rungs(run: Run, teacher: ApiTeacher, ledger: Ledger, queries: Sequence[Query]) -> list[Fidelity]:
-    """How near each rung comes to the best one that this teacher has, over the same chunks of the student's.
+def comparable(teacher: ApiTeacher, queries: Sequence[Query]) -> list[ContinueQuery]:
+    """The chunks that rungs can be compared on.
 
     Raises:
-        ConfigError: the teacher has only one rung.
+        ConfigError: the teacher has only one rung, or the method asks for no continuations.
     """
-    asked = [query for query in queries if isinstance(query, ContinueQuery) and query.chunk.prefix]
-    rungs = teacher.backend.rungs
-    if len(rungs) < 2 or not asked:
-        raise ConfigError("teacher: has one rung only, so there is nothing to compare; name its tokenizer to add raw")
+    if len(teacher.backend.rungs) < 2:
+        raise ConfigError(
+            f"teacher.type: has the rung {teacher.backend.rungs[0]} only, so there is nothing to compare; drop --fidelity"
+        )
+    chunks = [query for query in queries if isinstance(query, ContinueQuery) and query.chunk.prefix]
+    if not chunks:
+        raise ConfigError("method: asks for no continuations, so there is nothing to compare; drop --fidelity")
+    return chunks
+
+
+async def compare_rungs(
+    run: Run, teacher: ApiTeacher, ledger: Ledger, chunks: Sequence[ContinueQuery]
+) -> list[Fidelity]:
+    """How near each rung comes to the best one that this teacher has, over the same chunks of the student's."""
     said: dict[Rung, list[Continuations]] = {}
-    for rung in rungs:
-        config = run.config.teacher.model_copy(update={"continuation": rung})
-        said[rung] = await _continuations(TEACHERS.build(config, ledger.store, ledger), asked)
-        if rung == rungs[0]:
-            others = [replace(query, seed=(query.seed + OTHER_SEEDS) % 2**31) for query in asked]
-            again = await _continuations(TEACHERS.build(config, ledger.store, ledger), others)
-    return [_fidelity(rung, found, again if rung == rungs[0] else said[rungs[0]]) for rung, found in said.items()]
+    others = [replace(query, seed=(query.seed + OTHER_SEEDS) % 2**31) for query in chunks]
+    again: list[Continuations] = []
+    for rung in teacher.backend.rungs:
+        one = TEACHERS.build(run.config.teacher.model_copy(update={"continuation": rung}), ledger.store, ledger)
+        try:
+            said[rung] = await _continuations(one, chunks)
+            again = again or await _continuations(one, others)
+        finally:
+            await one.close()
+    best = teacher.backend.rungs[0]
+    return [_fidelity(rung, found, again if rung == best else said[best]) for rung, found in said.items()]
 
 
 async def _continuations(teacher: Teacher, queries: Sequence[ContinueQuery]) -> list[Continuations]:

@@ -8,19 +8,31 @@ beginning-of-text token that comes twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
 from omniopd.errors import ConfigError
-from omniopd.types import Message, Prompt, Teacher
+from omniopd.types import Message, Prompt, Role, Teacher
 from students.policy import Policy
 
-_ROLES = re.compile(
-    r"\b(?:system|user|assistant|model|human|ai|bot|inst|sys|im_start|im_end|turn|role)\b", re.IGNORECASE
+SHAPES = (
+    4  # sequences of roles that are compared: templates treat a system message, or a second turn, in ways of their own
 )
-_WORDS = re.compile(r"\w\w+")
+
+_ROLE_NAMES = re.compile(
+    r"(?<![a-z])(?:system|sys|developer|user|human|prompter|inst|instruction|input|question|tool|assistant|model|gpt|ai|bot"
+    r"|output|response|answer|turn|role|start|end|im_start|im_end|header|begin|of|text|prompt)(?![a-z])",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"\w\w+")
+# Of families whose tokenizer is not at hand: <|im_start|>, <start_of_turn>, </s>, [INST], <<SYS>>.
+_MARKUP = re.compile(r"<[|\uff5c][^<>]*[|\uff5c]>|<(?:start|end)_of_turn>|</?(?:s|bos|eos)>|\[/?[A-Z_]+\]|<<?/?SYS>>?")
+_THOUGHT = re.compile(
+    r"think|reason", re.IGNORECASE
+)  # a token of this name is no mere markup: it opens or closes a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,37 +42,54 @@ class Shown:
     text: str
     added: tuple[str, ...]
     lost: tuple[int, ...]
-    bos: int | None  # None where the tokenizer is not at hand
+    bos: int | None  # at the beginning; None where the tokenizer is not at hand
     eos: int | None
 
 
-async def compare_prompts(
-    policy: Policy, teacher: Teacher, prompt: Prompt
-) -> tuple[list[tuple[str, str, str]], list[str]] | None:
-    """Student's and teacher's rendering of one prompt: rows to show, and the differences.
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Both renderings side by side, rows of (what, student, teacher), and what differs, a sentence each."""
+
+    rows: tuple[tuple[str, str, str], ...]
+    differences: tuple[str, ...]
+
+
+async def compare_prompts(policy: Policy, teacher: Teacher, prompts: Iterable[Prompt]) -> Compared | None:
+    """Student's and teacher's renderings of one prompt of each shape: of the first that differs, else of the first.
 
     Returns:
         None where the teacher does not tell what its model is shown.
+
+    Raises:
+        TeacherError: the server that would tell can't be reached.
     """
     tell = getattr(teacher, "shown", None)
-    rendered = await tell(prompt) if tell else None
-    if rendered is None:
+    if tell is None:
         return None
-    own = shown(policy.chat.text(prompt.messages), prompt.messages, policy.tokenizer)
-    other = shown(rendered[0], prompt.messages, rendered[1])
-    return table(own, other), differences(own, other)
+    found: list[Compared] = []
+    for prompt in _one_of_each(prompts):
+        own = shown(policy.chat.text(prompt.messages), prompt.messages, policy.tokenizer)
+        try:
+            rendered = await tell(prompt)
+        except ValueError as refusal:
+            return Compared((), (f"the teacher's template refuses the messages of prompt {prompt.id}: {refusal}",))
+        if rendered is None:
+            return None
+        other = shown(rendered[0], prompt.messages, rendered[1])
+        found.append(Compared(table(own, other), differences(own, other)))
+    return next((compared for compared in found if compared.differences), found[0] if found else None)
 
 
-async def check_prompts(policy: Policy, teacher: Teacher, prompt: Prompt, allowed: bool) -> str | None:
+async def check_prompts(policy: Policy, teacher: Teacher, prompts: Iterable[Prompt], allowed: bool) -> str | None:
     """Refuse a run whose student and teacher are shown different text; a word where it is allowed.
 
     Raises:
         ConfigError: they differ, and the config does not allow it.
     """
-    compared = await compare_prompts(policy, teacher, prompt)
-    if compared is None or not compared[1]:
+    compared = await compare_prompts(policy, teacher, prompts)
+    if compared is None or not compared.differences:
         return None
-    said = "; ".join(compared[1])
+    said = "; ".join(compared.differences)
     if allowed:
         return f"student and teacher are shown different text: {said}"
     raise ConfigError(
@@ -74,41 +103,43 @@ def shown(text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizer
 
     Args:
         text: the whole prompt, control tokens included, as the model gets it.
-        tokenizer: the model's own, or None: then angle brackets with a bar or a slash are taken for control tokens.
+        tokenizer: the model's own, or None: then what looks like control tokens is taken for them.
     """
-    lost, markup, rest = [], [], text
+    spans, lost, cursor = list[tuple[int, int]](), list[int](), 0
     for number, message in enumerate(messages):
         content = message.content.strip()
-        before, found, after = rest.partition(content)
-        if content and not found:
+        at = text.find(content, cursor)
+        if at < 0:  # a template may put the system message into a later turn
+            at = text.find(content)
+        if at < 0:
             lost.append(number)
-            continue
-        markup.append(before)
-        rest = after
-    pieces = [*markup, rest]
+        elif content:
+            spans.append((at, at + len(content)))
+            cursor = at + len(content)
+    ends = [0, *(end for _, end in sorted(spans))]
+    starts = [*(start for start, _ in sorted(spans)), len(text)]
+    markup = [text[end:start] for end, start in zip(ends, starts, strict=True)]
     return Shown(
         text,
-        tuple(piece for piece in (_plain(piece, _controls(tokenizer)) for piece in pieces) if piece),
+        tuple(words for piece in markup if (words := _words(piece, tokenizer))),
         tuple(lost),
-        _count(text, tokenizer, "bos_token"),
-        _count(text, tokenizer, "eos_token"),
+        _leading(text, tokenizer.bos_token) if tokenizer else None,
+        "".join(markup).count(tokenizer.eos_token or "\0") if tokenizer else None,
     )
 
 
-def differences(student: Shown, teacher: Shown) -> list[str]:
+def differences(student: Shown, teacher: Shown) -> tuple[str, ...]:
     """What the two are shown differently, a sentence each; empty where it is the same."""
     found = []
     for who, one, other in (("student", student, teacher), ("teacher", teacher, student)):
-        for text in one.added:
-            if text not in other.added:
-                found.append(f"the {who}'s template adds {text[:80]!r}")
+        found += [f"the {who}'s template adds {text[:80]!r}" for text in one.added if text not in other.added]
         found += [f"the {who}'s template drops or changes message {i + 1}" for i in one.lost if i not in other.lost]
         if one.bos is not None and one.bos > 1:
             found.append(f"the {who}'s prompt begins with {one.bos} beginning-of-text tokens")
-    return found
+    return tuple(found)
 
 
-def table(student: Shown, teacher: Shown) -> list[tuple[str, str, str]]:
+def table(student: Shown, teacher: Shown) -> tuple[tuple[str, str, str], ...]:
     """Rows of (what, student, teacher)."""
 
     def say(one: Shown) -> list[str]:
@@ -121,27 +152,32 @@ def table(student: Shown, teacher: Shown) -> list[tuple[str, str, str]]:
         ]
 
     names = ("prompt", "BOS tokens", "EOS tokens", "text added by the template", "messages dropped or changed")
-    return list(zip(names, say(student), say(teacher), strict=True))
+    return tuple(zip(names, say(student), say(teacher), strict=True))
 
 
-def _plain(markup: str, controls: Collection[str]) -> str:
-    """The words that stand between messages and are neither control tokens nor role names."""
-    for control in sorted(controls, key=len, reverse=True):
-        markup = markup.replace(control, "\n")
-    if not controls:
-        markup = re.sub(r"<\|[^<>|]*\|>|</?s>|\[/?INST\]", "\n", markup)
-    lines = [_ROLES.sub(" ", line) for line in markup.splitlines()]
-    return " ".join(" ".join(line.split()) for line in lines if _WORDS.search(line))
+def _one_of_each(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The first prompt of each shape, the sequence of its messages' roles."""
+    shapes: dict[tuple[Role, ...], Prompt] = {}
+    for prompt in prompts:
+        shapes.setdefault(tuple(message.role for message in prompt.messages), prompt)
+    return list(shapes.values())[:SHAPES]
 
 
-def _controls(tokenizer: PreTrainedTokenizerBase | None) -> set[str]:
+def _words(markup: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The lines between messages that say more than control tokens and role names."""
     if tokenizer is None:
-        return set()
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        markup = _MARKUP.sub("\n", markup)
+    else:
+        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        for control in sorted((one for one in special if not _THOUGHT.search(one)), key=len, reverse=True):
+            markup = markup.replace(control, "\n")
+    lines = [" ".join(line.split()) for line in markup.splitlines()]
+    return " ".join(line for line in lines if _WORD.search(_ROLE_NAMES.sub("", line)))
 
 
-def _count(text: str, tokenizer: PreTrainedTokenizerBase | None, name: str) -> int | None:
-    if tokenizer is None:
-        return None
-    token = getattr(tokenizer, name)
-    return text.count(token) if token else 0
+def _leading(text: str, token: str | None) -> int:
+    """How many times a text opens with a token."""
+    if not token:
+        return 0
+    pieces = (text[at : at + len(token)] for at in range(0, len(text), len(token)))
+    return sum(1 for _ in takewhile(token.__eq__, pieces))

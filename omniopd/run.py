@@ -28,7 +28,7 @@ from students.checkpoint import save_student
 from students.policy import Policy
 from students.rollouts import Sampler
 from students.trainer import Trainer
-from teachers.probe import refuse_disproved
+from teachers.findings import refuse_disproved
 
 
 class Run:
@@ -44,6 +44,9 @@ class Run:
         self.task = TASKS.build(config.task)
         self.heldout: Sequence[Prompt] = self.task.heldout[: config.eval.problems]
         self._prompt_of = {prompt.id: prompt for prompt in self.task.train}
+        for prompt in [*self.task.train, *(self.heldout if config.eval.teacher else [])]:
+            if (route := getattr(config.teacher, "route", None)) is not None:  # of several teachers
+                route(prompt)
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
@@ -103,6 +106,7 @@ class Run:
         async with open_teacher(self, folder.run_id) as (teacher, ledger):
             if resume:
                 folder.check_teacher(teacher.fingerprint)
+                folder.check_budget()
             await self.check_teacher(teacher)
             record = folder.restore(self.policy, self.trainer)
             folder.write_manifest(teacher.fingerprint, self.policy, getattr(teacher, "probe", None))
@@ -193,7 +197,7 @@ class Run:
         """Refuse what a probe has disproved, and prompts that student and teacher see differently (trap R3)."""
         refuse_disproved(self.config.teacher, getattr(teacher, "probe", None))
         allowed = getattr(self.config.teacher, "allow_prompt_difference", False)
-        if noted := await check_prompts(self.policy, teacher, self.task.train[0], allowed):
+        if noted := await check_prompts(self.policy, teacher, self.task.train, allowed):
             self.progress.say(f"caution: {noted}")
 
     # ------------------------------------------------------------------ measuring

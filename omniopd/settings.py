@@ -79,10 +79,16 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _keys_at(place: list[str], model: Any) -> list[str]:
     """The keys that are allowed at a dotted place of a model."""
+    annotation: Any = model
     for part in place:
-        field = model.model_fields.get(part) if model is not None else None
-        model = _model_of(field.annotation) if field is not None else None
-    return list(model.model_fields) if model is not None else []
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+            continue
+        holder = _model_of(annotation)
+        field = holder.model_fields.get(part) if holder is not None else None
+        annotation = field.annotation if field is not None else None
+    found = _model_of(annotation)
+    return list(found.model_fields) if found is not None else []
 
 
 def _model_of(annotation: Any) -> Any:

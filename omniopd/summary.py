@@ -143,6 +143,7 @@ def summary(
             "name": getattr(config.teacher, "model", config.teacher.type),
             **usage_json(record.usage),
             "spent_usd": round(ledger.spent, 6),
+            "budget_usd": ledger.budget_usd,
             **({"each": by_teacher(record.teachers)} if len(record.teachers) > 1 else {}),
         },
         "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},

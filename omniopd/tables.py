@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from omniopd.store import StoreStats
+
+if TYPE_CHECKING:  # its module imports torch, which tables can do without
+    from omniopd.prompt_check import Compared
 
 _MARKS = {"confirmed": "[green]yes[/green]", "refuted": "[red]no[/red]", "unknown": "[yellow]?[/yellow]"}
 
@@ -86,7 +89,7 @@ def _each(teachers: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def print_probe(record: Mapping[str, Any]) -> None:
-    """A probe's findings, what it cost, and the rung that it proves."""
+    """A probe's findings, the rung that it proves, and what it and its pilot used."""
     table = Table("asked", "does it?", "seen", title=f"probe of {escape(record['fingerprint'])}")
     for finding in record["findings"]:
         table.add_row(finding["name"], _MARKS[finding["verdict"]], escape(finding["found"]))
@@ -98,21 +101,27 @@ def print_probe(record: Mapping[str, Any]) -> None:
         f"${used['cost_usd']:.4f}",
         highlight=False,
     )
+    if pilot := record.get("pilot"):
+        console.print(
+            f"pilot: {pilot['queries']} queries of the first step, {pilot['calls']} calls, {pilot['prompt_tokens']:,} tokens "
+            f"in, {pilot['completion_tokens']:,} out; the run finds their answers in its store",
+            highlight=False,
+        )
 
 
-def print_prompts(compared: tuple[Sequence[tuple[str, str, str]], Sequence[str]] | None) -> None:
+def print_prompts(compared: Compared | None) -> None:
     """What student and teacher are shown of the same messages."""
     console = Console()
     if compared is None:
         console.print("prompt check: this teacher does not tell what its model is shown", highlight=False)
         return
     table = Table("", "student", "teacher", title="the same messages, as each model is shown them")
-    for row in compared[0]:
+    for row in compared.rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    for said in compared[1]:
+    for said in compared.differences:
         console.print(f"[red]difference:[/red] {escape(said)}", highlight=False)
-    if not compared[1]:
+    if not compared.differences:
         console.print("no difference but markup", highlight=False)
 
 
@@ -128,7 +137,7 @@ def print_fidelity(rows: Sequence[Any]) -> None:
 
 def print_cache(path: str, size: int, stats: StoreStats) -> None:
     """What a store holds."""
-    table = Table("", "", title=f"{path}, {size / 1e6:.1f} MB", show_header=False)
+    table = Table("", "", title=f"{escape(path)}, {size / 1e6:.1f} MB", show_header=False)
     table.add_row("answers", f"{stats.answers:,}")
     for reason, count in sorted(stats.rejected.items()):
         table.add_row(f"rejected: {reason}", f"{count:,}")

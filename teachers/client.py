@@ -197,9 +197,15 @@ class ApiTeacher:
             raise asyncio.CancelledError
         paid = asyncio.create_task(self._paid(session, step, ask, keys, span))
         step.under_way.add(paid)
-        paid.add_done_callback(step.under_way.discard)
-        # Not before the call is booked, though its caller may be gone by then.
-        paid.add_done_callback(lambda _: held.release())
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            """The call is booked, or has failed; who sent it may be gone by then, so its error counts as heard."""
+            step.under_way.discard(task)
+            held.release()
+            if not task.cancelled():
+                task.exception()
+
+        paid.add_done_callback(ended)
         return await asyncio.shield(paid)
 
     async def _paid(
@@ -397,7 +403,9 @@ async def _drain(session: Session, step: _Step) -> None:
     if step.under_way:
         ending = asyncio.create_task(asyncio.wait(set(step.under_way), timeout=DRAIN_S))
         while not ending.done():
-            with suppress(asyncio.CancelledError):  # the gather has ended anyhow; another teacher's may just have failed
+            with suppress(
+                asyncio.CancelledError
+            ):  # the gather has ended anyhow; another teacher's may just have failed
                 await asyncio.shield(ending)
         _, late = ending.result()
         for task in late:

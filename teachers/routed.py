@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -19,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from omniopd.errors import ConfigError, DataError
+from omniopd.errors import ConfigError, DataError, TeacherError
 from omniopd.ledger import Ledger
 from omniopd.registry import TEACHERS
 from omniopd.settings import Settings, tagged
@@ -47,9 +49,32 @@ class RoutedConfig(Settings):
         named = [*(self.weights or {}), *([self.default] if self.default else [])]
         if strangers := [name for name in named if name not in self.teachers]:
             raise ValueError(f"'{strangers[0]}' is none of the teachers: {', '.join(self.teachers)}")
-        if self.weights and (min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0):
+        weights = [*(self.weights or {}).values()]
+        if self.weights is not None and not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
             raise ValueError("weights must not be negative, and one must be above 0")
         return self
+
+    def route(self, prompt: Prompt) -> str:
+        """The name of a prompt's teacher.
+
+        Raises:
+            DataError: its column names none, and there is no default.
+        """
+        if self.weights is not None:
+            names = sorted(name for name, weight in self.weights.items() if weight)  # in whatever order they are given
+            *ends, whole = accumulate(self.weights[name] for name in names)
+            hashed = hashlib.sha256(prompt.id.encode("utf-8", "surrogatepass")).digest()
+            return names[bisect_right(ends, int.from_bytes(hashed[:8], "big") / 2**64 * whole)]
+        value: Any = prompt.extras.get(self.by or "")
+        if isinstance(value, str) and value in self.teachers:
+            return value
+        if self.default is None:
+            held = f"holds {repr(value)[:80]} in" if self.by in prompt.extras else "has no column"
+            raise DataError(
+                f"teacher.by: prompt {prompt.id} {held} '{self.by}'; it must name one of {', '.join(self.teachers)} "
+                "(list the column in task.extras), or set teacher.default"
+            )
+        return self.default
 
 
 @TEACHERS.register("routed")
@@ -73,7 +98,7 @@ class RoutedTeacher:
                 raise ConfigError(f"teacher.teachers.{name}: {error}") from None
         routing = {"by": config.by, "weights": config.weights, "default": config.default}
         prints = {name: part.fingerprint for name, part in self._parts.items()}
-        self.fingerprint = f"routed/{'+'.join(prints)}#{digest([prints, routing])[:16]}"
+        self.fingerprint = f"routed/{'+'.join(sorted(prints))}#{digest([prints, routing])[:16]}"
         self.on_progress: Callable[[int], None] | None = None
 
     @property
@@ -97,7 +122,7 @@ class RoutedTeacher:
             DataError: a prompt's column names no teacher, and there is no default.
             TeacherError: as the teachers do.
         """
-        routes = [self.route(query.prompt) for query in queries]
+        routes = [self._config.route(query.prompt) for query in queries]
         found: dict[int, Evidence] = {}
         done: dict[str, int] = {}
 
@@ -110,7 +135,11 @@ class RoutedTeacher:
                     self.on_progress(sum(done.values()))
 
             part.on_progress = progress
-            for index, evidence in zip(indexes, await part.gather([queries[i] for i in indexes]), strict=True):
+            try:
+                answers = await part.gather([queries[index] for index in indexes])
+            except TeacherError as error:
+                raise TeacherError(f"teacher.teachers.{name}: {error}") from None
+            for index, evidence in zip(indexes, answers, strict=True):
                 found[index] = replace(evidence, teacher=name)
 
         try:
@@ -126,25 +155,3 @@ class RoutedTeacher:
         async with AsyncExitStack() as stack:
             for part in self._parts.values():
                 stack.push_async_callback(part.close)
-
-    def route(self, prompt: Prompt) -> str:
-        """The name of a prompt's teacher.
-
-        Raises:
-            DataError: its column names none, and there is no default.
-        """
-        config = self._config
-        if config.weights is not None:
-            names, weights = list(config.weights), list(config.weights.values())
-            place = int.from_bytes(hashlib.sha256(prompt.id.encode()).digest()[:8], "big") / 2**64 * sum(weights)
-            return next(name for name, end in zip(names, accumulate(weights), strict=True) if place < end)
-        value: Any = prompt.extras.get(config.by or "")
-        if value in self._parts:
-            return str(value)
-        if config.default is None:
-            held = "has no such column" if value is None else f"holds {value!r}"
-            raise DataError(
-                f"teacher.by: prompt {prompt.id} {held} in '{config.by}'; it must name one of {', '.join(self._parts)} "
-                "(list the column in task.extras), or set teacher.default"
-            )
-        return config.default

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
@@ -27,8 +28,17 @@ log = logging.getLogger(__name__)
 COUNT = Prompt("continuation-check", (Message("user", "Count from 1 to 10 in digits, separated by commas."),))
 COUNTED, NEXT = "1, 2, 3, 4,", "5"
 COUNT_TOKENS, ANSWER_TOKENS = 16, 96
+LOOK_CALLS = 3  # of one rung, at most
 LEAST_ANSWER = 16  # characters: a shorter answer has no halves to tell apart
 ALIKE = 0.8
+
+
+class Unanswered(TeacherError):
+    """A call outside a gather that brought nothing; `reason` as in the ledger."""
+
+    def __init__(self, outcome: Outcome[Any], mend: str) -> None:
+        super().__init__(f"the teacher did not answer ({outcome.detail or outcome.reason}); {mend}")
+        self.reason, self.detail = outcome.reason, outcome.detail
 
 
 @dataclass
@@ -48,20 +58,28 @@ async def look(draw: Draw, manner: Manner, rung: Rung, prompt: Prompt | None) ->
         prompt: one of the run's own, for a teacher that can't count.
 
     Raises:
+        RefusedRequest: the teacher refuses a setting, whatever the rung.
         TeacherError: the teacher can't be reached or does not answer.
     """
     seen = Look(rung)
     try:
         said = await _draw(draw, manner.render(rung, COUNT, COUNTED, COUNT_TOKENS, seed=0))
         said = continuation(said, COUNTED, rung)
+        seen.why = f"after '{COUNTED}' the teacher wrote {said[:40]!r}"
         if said.lstrip().startswith(NEXT):
-            seen.literal, seen.why = True, f"after '{COUNTED}' the teacher wrote {said[:20]!r}"
-        elif prompt is None:
-            seen.literal, seen.why = False, f"after '{COUNTED}' the teacher wrote {said[:40]!r}"
+            seen.literal = True
+        elif prompt is None or said.lstrip().startswith(COUNTED):
+            seen.literal = False
         else:
             await _half_answer(draw, seen, manner, prompt)
     except RefusedRequest as refusal:
+        if refusal.param not in ("", "prefill"):  # a setting that no rung can do without
+            raise
         seen.literal, seen.why = False, f"refused: {refusal}"
+    except Unanswered as silent:
+        if silent.reason == "error":
+            raise
+        seen.why = f"no answer ({silent.reason})"
     return seen
 
 
@@ -79,10 +97,17 @@ async def choose(draw: Draw, backend: Backend, manner: Manner, prompt: Prompt | 
 
 async def _half_answer(draw: Draw, seen: Look, manner: Manner, prompt: Prompt) -> None:
     asked = replace(manner, temperature=None if manner.temperature is None else 0.0)
-    answer = await _draw(draw, asked.render("answer", prompt, "", ANSWER_TOKENS, seed=0))
-    prefix = answer[: len(answer) // 2].rstrip()
+    try:
+        answer = await _draw(draw, asked.render("answer", prompt, "", ANSWER_TOKENS, seed=0))
+    except RefusedRequest as refusal:
+        if refusal.param != "temperature":
+            raise
+        seen.why += "; temperature 0 is refused, so no answer of its own can be had twice"
+        return
+    # Between words: half a word has another tokenization than the whole, and asks another question.
+    prefix = (answer[: len(answer) // 2].rsplit(maxsplit=1) or [""])[0]
     rest = answer[len(prefix) :].strip()
-    if len(answer) < LEAST_ANSWER or alike(rest, answer):
+    if not prefix or len(answer) < LEAST_ANSWER or alike(rest, answer):
         seen.why = f"its answer {answer[:40]!r} has no halves to tell apart"
         return
     said = await _draw(draw, asked.render(seen.rung, prompt, prefix, ANSWER_TOKENS, seed=0))
@@ -96,10 +121,7 @@ async def _half_answer(draw: Draw, seen: Look, manner: Manner, prompt: Prompt) -
 async def _draw(draw: Draw, ask: Ask) -> str:
     outcome = await draw(ask, 1, ask.seed)
     if outcome.value is None:
-        raise TeacherError(
-            f"the teacher did not answer the continuation check ({outcome.detail}); "
-            "check the server, or name the rung in teacher.continuation"
-        )
+        raise Unanswered(outcome, "check the server, or name the rung in teacher.continuation")
     return outcome.value.choices[0].text
 
 

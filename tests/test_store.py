@@ -6,12 +6,14 @@ import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from omniopd.errors import StoreError
-from omniopd.store import Draw, Store
+from omniopd.store import VERSION, Booking, Draw, Store
 
 
 def draw(text: str = "hi", rejected: str | None = None) -> Draw:
@@ -187,3 +189,206 @@ def test_a_recording_on_read_only_media_can_be_read(tmp_path: Path, monkeypatch:
     with pytest.raises(StoreError) as error:
         recording.keep({"l": draw()})
     assert "can't be written" in one_line(error, tmp_path / "s")
+
+
+# ---------------------------------------------------------------------- what calls cost
+
+
+def booking(run: str = "run", **fields: object) -> Booking:
+    plain = Booking(
+        run, "t/m@x", "continue", "m-1", 2, 3, 100, 20, 60, 10, 5, 0.25, "prices of 2026-11-01", 12.5, "r-1"
+    )
+    return replace(plain, **fields)  # type: ignore[arg-type]
+
+
+def test_a_booking_comes_back_as_it_went_in(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    made = [booking(), booking(reason="error", cost_usd=0.0), booking("other", estimated=True, cost_usd=2.0)]
+    for one in made:
+        store.keep({}, booking=one)
+    assert [Booking(**call) for call in store.calls()] == made
+    assert [Booking(**call) for call in store.calls("run")] == made[:2]
+    assert (store.spent("run"), store.spent("other"), store.spent("nobody")) == (0.25, 2.0, 0.0)
+    assert list(store.calls("nobody")) == []
+    stats = store.stats()
+    assert (stats.calls, stats.cost_usd) == (3, 2.25)
+
+
+def test_draws_holes_and_booking_are_kept_together_or_not_at_all(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    unwritable = booking(price=object())
+    with pytest.raises(StoreError):
+        store.keep({"a": draw()}, {"b": "error"}, unwritable, "t")
+    stats = store.stats()
+    assert (stats.answers, stats.holes, stats.calls) == (0, {}, 0)
+    store.keep({"a": draw()}, {"b": "error"}, booking(), "t")
+    stats = store.stats()
+    assert (stats.answers, stats.holes, stats.calls, stats.by_teacher) == (1, {"error": 1}, 1, {"t": 1})
+
+
+def test_a_call_is_booked_though_another_process_was_faster_with_its_draws(tmp_path: Path) -> None:
+    one, two = Store(tmp_path / "s"), Store(tmp_path / "s")
+    one.keep({"k": draw("first")}, booking=booking(), teacher="t")
+    assert two.keep({"k": draw("second")}, booking=booking(), teacher="t")["k"].text == "first"
+    assert two.stats().calls == 2  # both were paid
+    assert two.spent("run") == 0.5
+
+
+# ---------------------------------------------------------------------- looking into it, thinning it out
+
+
+def filled(path: Path) -> Store:
+    """Three answers and a rejected reply of one teacher, an answer and a rejected reply of another, at times 10 to 60."""
+    store = Store(path)
+    times = iter(range(10, 70, 10))
+
+    def at(text: str, rejected: str | None = None) -> Draw:
+        return replace(draw(text, rejected), time=float(next(times)))
+
+    store.keep({"a": at("1"), "b": at("2"), "c": at("3"), "d": at("x", "empty")}, {"h": "refusal"}, booking(), "one")
+    store.keep({"e": at("4"), "f": at("y", "restart")}, {"i": "error", "j": "error"}, booking(), "two")
+    return store
+
+
+def test_stats(tmp_path: Path) -> None:
+    stats = filled(tmp_path / "s").stats()
+    assert (stats.answers, stats.rejected) == (4, {"empty": 1, "restart": 1})
+    assert stats.holes == {"refusal": 1, "error": 2}
+    assert stats.by_teacher == {"one": 4, "two": 2}
+    assert (stats.calls, stats.cost_usd) == (2, 0.5)
+    empty = Store(tmp_path / "empty").stats()
+    assert (empty.answers, empty.rejected, empty.by_teacher, empty.calls, empty.cost_usd) == (0, {}, {}, 0, 0.0)
+
+
+def test_draws_are_told_with_key_and_teacher(tmp_path: Path) -> None:
+    rows = list(filled(tmp_path / "s").draws())
+    assert [(row["key"], row["teacher"]) for row in rows] == [
+        *((key, "one") for key in "abcd"),
+        ("e", "two"),
+        ("f", "two"),
+    ]
+    assert rows[3] == {"key": "d", "teacher": "one", **asdict(replace(draw("x", "empty"), time=40.0))}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "left"),
+    [
+        ({"teacher": "one"}, "ef"),
+        ({"teacher": "three"}, "abcdef"),
+        ({"before": 35.0}, "def"),
+        ({"before": 10.0}, "abcdef"),
+        ({"rejected": True}, "abce"),
+        ({"teacher": "one", "before": 35.0}, "def"),
+        ({"teacher": "one", "rejected": True}, "abcef"),
+        ({"teacher": "two", "before": 1e12, "rejected": True}, "abcde"),
+        ({}, ""),
+    ],
+)
+def test_pruning_deletes_what_meets_all_conditions_and_keeps_the_books(
+    tmp_path: Path, conditions: dict[str, Any], left: str
+) -> None:
+    store = filled(tmp_path / "s")
+    gone = 6 - len(left)
+    assert store.prune(**conditions, dry_run=True) == gone
+    assert len(list(store.draws())) == 6
+    assert store.prune(**conditions) == gone
+    assert "".join(row["key"] for row in store.draws()) == left
+    assert store.prune(**conditions) == 0
+    stats = store.stats()
+    assert (stats.calls, stats.holes) == (2, {"refusal": 1, "error": 2})
+    assert store.spent("run") == 0.5
+    assert store.keep({"a": draw("again")})["a"].text == ("1" if "a" in left else "again")
+
+
+def test_pruning_gives_the_space_back(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    store.keep({f"k{index}": draw("x" * 10_000) for index in range(100)}, teacher="t")
+    store.close()
+    before = (tmp_path / "s").stat().st_size
+    store = Store(tmp_path / "s")
+    assert store.prune(teacher="t") == 100
+    store.close()
+    assert (tmp_path / "s").stat().st_size < before / 10
+
+
+def test_probes_are_kept_by_teacher_and_renewed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    assert store.probe("f") is None
+    store.put_probe("f", {"rung": "prefill", "at": "then"})
+    store.put_probe("g", {"rung": "raw"})
+    store.put_probe("f", {"rung": "instruct", "found": "naïve 🙂 \ud800"})
+    store.close()
+    store = Store(tmp_path / "s")
+    assert store.probe("f") == {"rung": "instruct", "found": "naïve 🙂 \ud800"}
+    assert store.probe("g") == {"rung": "raw"}
+
+
+# ---------------------------------------------------------------------- older formats
+
+FORMAT_1 = """
+CREATE TABLE draws (key TEXT PRIMARY KEY, rejected TEXT, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE holes (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE teachers (fingerprint TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+PRAGMA application_id = 0x4F4D4E49;
+PRAGMA user_version = 1;
+INSERT INTO draws VALUES ('k', NULL, '{"text": "hi", "finish": "stop", "rung": "prefill", "model": "m", "prompt_tokens": 3,
+"completion_tokens": 2, "time": 1.5, "rejected": null}');
+INSERT INTO draws VALUES ('l', 'empty', '{"text": "", "finish": "stop", "rung": "prefill", "model": "m", "prompt_tokens": 3,
+"completion_tokens": 2, "time": 1.5, "rejected": "empty"}');
+INSERT INTO holes VALUES ('h', 'refusal');
+INSERT INTO teachers VALUES ('f', '{"rung": "prefill"}');
+"""
+
+
+def of_format_1(path: Path) -> Path:
+    """A store as the first version of this program wrote it."""
+    with sqlite3.connect(path) as db:
+        db.executescript(FORMAT_1)
+    db.close()
+    return path
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_store_of_format_1_keeps_its_answers_and_takes_new_ones(tmp_path: Path, create: bool) -> None:
+    path = of_format_1(tmp_path / "s")
+    for _ in range(2):  # the second time it is of today's format
+        store = Store(path, create=create)
+        assert store.get_many(["k", "l"]) == {"k": draw(), "l": draw("", "empty")}
+        assert store.get_holes(["h"]) == {"h": "refusal"}
+        assert store.teachers() == {"f": {"rung": "prefill"}}
+        stats = store.stats()
+        assert (stats.answers, stats.by_teacher[""], stats.calls, store.probe("f")) == (1, 2, 0, None)
+        store.close()
+    store = Store(path)
+    store.keep({"n": draw("new")}, booking=booking(), teacher="f")
+    assert store.stats().by_teacher == {"": 2, "f": 1}
+    assert store.prune(teacher="") == 2
+    assert store.spent("run") == 0.25
+    store.close()
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (VERSION,)
+
+
+def test_a_recording_of_format_1_on_read_only_media_can_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = of_format_1(tmp_path / "s")
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    store = Store(path, create=False)
+    assert store.get_many(["k"]) == {"k": draw()}
+    assert store.get_holes(["h"]) == {"h": "refusal"}
+    assert store.teachers() == {"f": {"rung": "prefill"}}
+    store.close()
+    assert path.read_bytes() == before
+
+
+def test_several_processes_bring_one_old_store_up_to_date(tmp_path: Path) -> None:
+    code = "import sys\nfrom omniopd.store import Store\nfor path in sys.argv[1:]: Store(path).close()"
+    paths = [str(of_format_1(tmp_path / f"s{index}")) for index in range(20)]
+    workers = [subprocess.Popen([sys.executable, "-c", code, *paths]) for _ in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    for path in paths:
+        store = Store(path)
+        assert store.stats().by_teacher == {"": 2}
+        store.close()

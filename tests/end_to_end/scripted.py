@@ -25,12 +25,13 @@ def scripted(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 class ScriptedTeacher:
-    """Counts calls and keeps bodies; `answer` and `latency` may be changed while it serves."""
+    """Counts calls and keeps bodies and headers; `answer` and `latency` may be changed while it serves."""
 
     def __init__(self) -> None:
         self.answer: Answer = scripted
         self.latency = 0.0
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
         outer = self
 
@@ -43,7 +44,8 @@ class ScriptedTeacher:
                 status, payload = outer.answer(body)
                 with outer.lock:
                     outer.bodies.append(body)
-                raw = json.dumps(payload).encode()
+                    outer.headers.append(dict(self.headers))
+                raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
@@ -59,4 +61,4 @@ class ScriptedTeacher:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()

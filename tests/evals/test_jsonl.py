@@ -149,3 +149,32 @@ def test_one_home_of_prompts() -> None:
         Jsonl.Config(path="a.jsonl", prompt="question", messages="chat")
     config = Jsonl.Config(path="a.jsonl", messages="chat")
     assert Jsonl.Config.model_validate(config.model_dump()) == config
+
+
+def test_extras_travel_with_the_prompt_and_change_nothing_else(tmp_path: Path) -> None:
+    held = [{"level": 3, "tags": ["a", "b"]}, "maths", None]
+    rows = [{**row, "subject": value, "unused": 1} for row, value in zip(_rows(3), held, strict=True)]
+    plain = _task(tmp_path, rows)
+    task = _task(tmp_path, rows, extras=["subject"])
+    assert [prompt.extras for prompt in plain.train] == [{}] * 3
+    assert [prompt.extras for prompt in task.train] == [{"subject": value} for value in held]
+    for prompt, other in zip(task.train, plain.train, strict=True):
+        assert (prompt.id, prompt.messages, prompt.reference) == (other.id, other.messages, other.reference)
+    both = _task(tmp_path, rows, extras=["unused", "subject"])
+    assert both.train[1].extras == {"unused": 1, "subject": "maths"}
+
+
+def test_extras_of_held_out_prompts(tmp_path: Path) -> None:
+    rows = [{**row, "subject": number} for number, row in enumerate(_rows(10))]
+    task = _task(tmp_path, rows, extras=["subject"], heldout_size=3)
+    numbers = [prompt.extras["subject"] for prompt in (*task.train, *task.heldout)]
+    assert sorted(numbers) == list(range(10))
+    plain = _task(tmp_path, rows, heldout_size=3)
+    assert [prompt.id for prompt in task.heldout] == [prompt.id for prompt in plain.heldout]
+
+
+def test_extras_that_a_row_lacks(tmp_path: Path) -> None:
+    rows = [{**row, "subject": "maths"} for row in _rows(2)] + _rows(1, first=2)
+    message = _error(tmp_path, rows, extras=["subject"])
+    assert "line 3: no column 'subject'; " in message and "known: answer, prompt" in message
+    assert "did you mean 'subject'" in _error(tmp_path, rows, extras=["subjects"])

@@ -1,0 +1,127 @@
+"""What a run will ask, by what its untrained student writes; and the pilot, which asks the first of it ahead.
+
+The student is local and free, so lengths are not guessed: it writes, and the method says what it would ask. The pilot of
+`omniopd probe` puts the first of these queries to the teacher. Its answers serve the run itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from omniopd.run import Run
+from omniopd.types import AnswerQuery, ContinueQuery, Query, Usage
+from teachers.asks import Manner, digest
+from teachers.ladder import Rung
+
+ROLLOUTS, QUERIES = 16, 64  # of a pilot: rollouts are added until both are reached, or the step is at its end
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What so many queries really used.
+
+    `counted` is what `Counter.read` says of their prompts. `run` is a hash of what decides the queries: a run with other
+    settings can't be forecast from this one.
+    """
+
+    run: str
+    queries: int
+    counted: int
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+
+    @classmethod
+    def of(cls, run: Run, counter: Counter, queries: Sequence[Query], used: Usage) -> Pilot:
+        """The pilot of a run, from what its queries used."""
+        return cls(
+            run=run_digest(run),
+            queries=len(queries),
+            counted=sum(counter.read(query) for query in queries),
+            calls=used.calls,
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+            cache_read_tokens=used.cache_read_tokens,
+            cache_write_tokens=used.cache_write_tokens,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def run_digest(run: Run) -> str:
+    """A hash of the settings that decide what a run asks, and how many tokens a draw may have."""
+    config = run.config
+    parts = {name: getattr(config, name).model_dump(mode="json") for name in ("method", "student", "task")}
+    teacher = {name: getattr(config.teacher, name, None) for name in ("n", "thinking_tokens")}
+    return digest([parts, teacher, config.seed, config.train.prompts_per_step])[:16]
+
+
+def queries_of(run: Run, step: int, rollouts: int | None = None) -> list[Query]:
+    """What a step asks about its first rollouts (None: all) if its student is still the untrained one.
+
+    Of the whole of step 1 these are the very queries of the run.
+    """
+    prompts = run.prompts(step)[:rollouts]
+    written = run.sampler.sample(prompts, step) if run.method.on_policy else run.sampler.unwritten(prompts)
+    return run.method.audit(written, step)
+
+
+def pilot_queries(run: Run) -> list[Query]:
+    """The queries of the first step's first rollouts.
+
+    The whole step is written all the same: what a rollout becomes must not depend on how many are written beside it.
+    """
+    taken: list[Query] = []
+    for rows, (_, queries) in enumerate(groupby(queries_of(run, 1), key=row_of)):
+        if rows >= ROLLOUTS and len(taken) >= QUERIES:
+            break
+        taken += queries
+    return taken
+
+
+def row_of(query: Query) -> int:
+    """The rollout that a query belongs to."""
+    return query.row if isinstance(query, AnswerQuery) else query.chunk.row
+
+
+class Counter:
+    """Counts what queries would have the teacher read and write, with the student's tokenizer."""
+
+    def __init__(self, run: Run, rung: Rung | None = None) -> None:
+        """`rung`: the one that will be asked on; None where it is not known yet."""
+        self._run, teacher = run, run.config.teacher
+        named = getattr(teacher, "continuation", "auto")
+        self.manner = Manner(
+            fingerprint="",
+            rung=rung or ("prefill" if named == "auto" else named),  # type: ignore[arg-type]
+            system=getattr(teacher, "system", None),
+            temperature=None,
+            top_p=None,
+            thinking_tokens=getattr(teacher, "thinking_tokens", 0),
+        )
+
+    def read(self, query: Query) -> int:
+        """Tokens of one request for it."""
+        own = sum(self.size(message.content) for message in query.prompt.messages)
+        asked = sum(self.size(message.content) for message in self.manner.ask(query).messages)
+        return len(self._run.policy.prompt_ids(query.prompt)) - own + asked
+
+    def most(self, query: Query) -> int:
+        """Tokens that its draws may have in all."""
+        return query.n * self.manner.ask(query).max_tokens
+
+    def expected(self, query: Query) -> int:
+        """Tokens that its draws will have: a continuation runs into its limit, an answer takes half of it, as a guess."""
+        most = self.most(query)
+        return most if isinstance(query, ContinueQuery) else most // 2
+
+    def size(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self._run.policy.encode(text)[0])
