@@ -23,11 +23,12 @@ ROLLOUTS, QUERIES = 16, 64  # of a pilot: rollouts are added until both are reac
 class Pilot:
     """What so many queries really used.
 
-    `counted` is what `Counter.read` says of their prompts. `run` is a hash of what decides the queries: a run with other
-    settings can't be forecast from this one.
+    `counted` is what `Counter.read` says of their prompts, asked on `rung`. `run` is a hash of what decides the queries: a run
+    with other settings can't be forecast from this one.
     """
 
     run: str
+    rung: Rung
     queries: int
     counted: int
     calls: int
@@ -41,6 +42,7 @@ class Pilot:
         """The pilot of a run, from what its queries used."""
         return cls(
             run=run_digest(run),
+            rung=counter.manner.rung,
             queries=len(queries),
             counted=sum(counter.read(query) for query in queries),
             calls=used.calls,
@@ -95,12 +97,12 @@ class Counter:
     """Counts what queries would have the teacher read and write, with the student's tokenizer."""
 
     def __init__(self, run: Run, rung: Rung | None = None) -> None:
-        """`rung`: the one that will be asked on; None where it is not known yet."""
+        """`rung`: the one that `continuation: auto` ends on; None where it is not known yet."""
         self._run, teacher = run, run.config.teacher
         named = getattr(teacher, "continuation", "auto")
         self.manner = Manner(
             fingerprint="",
-            rung=rung or ("prefill" if named == "auto" else named),  # type: ignore[arg-type]
+            rung=(rung or "prefill") if named == "auto" else named,  # type: ignore[arg-type]
             system=getattr(teacher, "system", None),
             temperature=None,
             top_p=None,

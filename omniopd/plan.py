@@ -39,11 +39,13 @@ def forecast(run: Run, record: Mapping[str, Any] | None = None) -> Forecast:
         record: of the last probe of this teacher; its pilot counts if it was one of this very run.
     """
     queries, scale = sampled(run)
-    counter = Counter(run, record["rung"] if record else None)
+    pilot = Pilot(**record["pilot"]) if record and record["pilot"] else None
+    if pilot is not None and (pilot.run != run_digest(run) or not pilot.counted):
+        pilot = None
+    counter = Counter(run, pilot.rung if pilot else record["rung"] if record else None)
     read = sum(counter.read(query) for query in queries) * scale
     written = sum(counter.most(query) for query in queries) * scale
-    pilot = Pilot(**record["pilot"]) if record and record["pilot"] else None
-    if pilot is not None and pilot.run == run_digest(run) and pilot.counted:
+    if pilot is not None:
         asked, longer = len(queries) * scale / pilot.queries, read / pilot.counted
         expected = Usage(
             calls=round(pilot.calls * asked),

@@ -95,7 +95,15 @@ def print_probe(record: Mapping[str, Any]) -> None:
         table.add_row(finding["name"], _MARKS[finding["verdict"]], escape(finding["found"]))
     console, used = Console(), record["usage"]
     console.print(table)
-    console.print(f"continuation: {record['rung']}", highlight=False)
+    proved = any(
+        found["name"] == f"continuation.{record['rung']}"
+        for found in record["findings"]
+        if found["verdict"] == "confirmed"
+    )
+    console.print(
+        f"continuation: {record['rung']}{'' if proved else ' (not proved: many replies may be rejected)'}",
+        highlight=False,
+    )
     console.print(
         f"asked: {used['calls']} calls, {used['prompt_tokens']:,} tokens in, {used['completion_tokens']:,} out, "
         f"${used['cost_usd']:.4f}",

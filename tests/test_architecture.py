@@ -27,7 +27,14 @@ MAY_IMPORT = {
     | {"omniopd.verification", "omniopd.sampling", "omniopd.method", "omniopd.objective", "omniopd.branches"},
     "teachers/": SHARED | {"omniopd.store", "omniopd.ledger", "omniopd.chat", "omniopd.sampling", "teachers"},
     "students/": SHARED
-    | {"omniopd.chat", "omniopd.sampling", "omniopd.losses", "omniopd.objective", "omniopd.verification.text", "students"},
+    | {
+        "omniopd.chat",
+        "omniopd.sampling",
+        "omniopd.losses",
+        "omniopd.objective",
+        "omniopd.verification.text",
+        "students",
+    },
     "evals/": SHARED | {"evals"},
 }
 

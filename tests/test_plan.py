@@ -168,6 +168,8 @@ def test_the_rung_of_an_auto_teacher_is_the_one_that_was_proved(make: Make) -> N
     run = make("teacher.continuation=auto")
     found = {"rung": "instruct", "pilot": None, "findings": []}
     assert forecast(run, found).expected == forecast(make("teacher.continuation=instruct")).expected
+    named = make("teacher.continuation=prefill")  # a rung that is named is used, whatever is better
+    assert forecast(named, found).expected == forecast(named).expected != forecast(run, found).expected
 
 
 def test_draws_that_share_no_call_are_counted_one_by_one(make: Make) -> None:

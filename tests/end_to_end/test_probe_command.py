@@ -291,6 +291,21 @@ def test_the_prompts_are_shown_side_by_side(config: str, serve: Serve, capsys: p
     assert "[INST]" in out
 
 
+def test_a_last_rung_that_is_not_proved_is_taken_with_a_word(
+    config: str, serve: Serve, teacher: ScriptedTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve("restart")
+
+    def deaf(body: dict[str, Any]) -> tuple[int, Any]:
+        """Never opens with the piece that it is asked to open with."""
+        begun = "<begun>" in body["messages"][-1]["content"]
+        return server(body | {"messages": [{"role": "user", "content": "What?"}]} if begun else body)
+
+    teacher.answer = deaf
+    assert main(["probe", config, "--yes"]) == 0
+    assert "continuation: instruct (not proved" in capsys.readouterr().out
+
+
 def test_fidelity_compares_the_rungs_over_the_same_chunks(
     config: str, serve: Serve, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
