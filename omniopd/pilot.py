@@ -23,8 +23,8 @@ ROLLOUTS, QUERIES = 16, 64  # of a pilot: rollouts are added until both are reac
 class Pilot:
     """What so many queries really used.
 
-    `counted` is what `Counter.read` says of their prompts, asked on `rung`. `run` is a hash of what decides the queries: a run
-    with other settings can't be forecast from this one.
+    `counted` is what `Counter.read` says of their prompts, asked on `rung`. `run` is a hash of what decides the queries: a
+    run with other settings can't be forecast from this one.
     """
 
     run: str

@@ -385,7 +385,7 @@ def test_a_recording_of_format_1_on_read_only_media_can_be_replayed(
 
 def test_several_processes_bring_one_old_store_up_to_date(tmp_path: Path) -> None:
     code = "import sys\nfrom omniopd.store import Store\nfor path in sys.argv[1:]: Store(path).close()"
-    paths = [str(of_format_1(tmp_path / f"s{index}")) for index in range(20)]
+    paths = [str(of_format_1(tmp_path / f"s{index}")) for index in range(8)]
     workers = [subprocess.Popen([sys.executable, "-c", code, *paths]) for _ in range(3)]
     assert [worker.wait(60) for worker in workers] == [0, 0, 0]
     for path in paths:

@@ -119,8 +119,9 @@ python examples/measure/forecast.py
 {table}
 
 Asked for: after a probe, tokens in and out within {bound:.0%} of the run's. The worst is {worst:.1%}, so the line {held}.
-What a forecast can't know is what the student becomes: it is made from what the untrained one writes, and a student that
-learns to write more is asked about more. Numbers and settings: [forecast.json](forecast.json).
+A pilot is a sample: 64 queries here, or the 32 answers of a step. And a forecast can't know what the student becomes: it is
+made from what the untrained one writes, and a student that learns to write more is asked about more. Numbers and settings:
+[forecast.json](forecast.json).
 """
 
 

@@ -217,7 +217,7 @@ def test_a_connection_that_fails_shows_no_key(
         teacher.server.server_close()
     else:
         teacher.server.RequestHandlerClass.send_response = lambda self, *_: self.wfile.write(b"nonsense\r\n\r\n")  # type: ignore[method-assign]
-    settings = load_config(Path(config), ["teacher.max_attempts=2"]).teacher
+    settings = load_config(Path(config)).teacher
     store = Store(search.place / "answers.sqlite")
     queries = [AnswerQuery(Prompt("p", (Message("user", "Hi"),)), row, 1, 8, row) for row in range(9)]
     with pytest.raises(TeacherError) as failure:
