@@ -18,9 +18,8 @@ from omniopd.errors import ConfigError
 from omniopd.types import Message, Prompt, Role, Teacher
 from students.policy import Policy
 
-SHAPES = (
-    4  # sequences of roles that are compared: templates treat a system message, or a second turn, in ways of their own
-)
+# Sequences of roles that are compared: templates treat a system message, or a second turn, in ways of their own.
+SHAPES = 4
 
 _ROLE_NAMES = re.compile(
     r"(?<![a-z])(?:system|sys|developer|user|human|prompter|inst|instruction|input|question|tool|assistant|model|gpt|ai|bot"
@@ -30,9 +29,8 @@ _ROLE_NAMES = re.compile(
 _WORD = re.compile(r"\w\w+")
 # Of families whose tokenizer is not at hand: <|im_start|>, <start_of_turn>, </s>, [INST], <<SYS>>.
 _MARKUP = re.compile(r"<[|\uff5c][^<>]*[|\uff5c]>|<(?:start|end)_of_turn>|</?(?:s|bos|eos)>|\[/?[A-Z_]+\]|<<?/?SYS>>?")
-_THOUGHT = re.compile(
-    r"think|reason", re.IGNORECASE
-)  # a token of this name is no mere markup: it opens or closes a thought
+# A token of this name is no mere markup: it opens or closes a thought.
+_THOUGHT = re.compile(r"think|reason", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

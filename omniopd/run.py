@@ -195,10 +195,11 @@ class Run:
 
     async def check_teacher(self, teacher: Teacher) -> None:
         """Refuse what a probe has disproved, and prompts that student and teacher see differently (trap R3)."""
-        refuse_disproved(self.config.teacher, getattr(teacher, "probe", None))
-        allowed = getattr(self.config.teacher, "allow_prompt_difference", False)
-        if noted := await check_prompts(self.policy, teacher, self.task.train, allowed):
-            self.progress.say(f"caution: {noted}")
+        for config, part in getattr(teacher, "parts", {"": (self.config.teacher, teacher)}).values():
+            refuse_disproved(config, getattr(part, "probe", None))
+            allowed = getattr(config, "allow_prompt_difference", False)
+            if noted := await check_prompts(self.policy, part, self.task.train, allowed):
+                self.progress.say(f"caution: {noted}")
 
     # ------------------------------------------------------------------ measuring
 

@@ -115,6 +115,11 @@ class RoutedTeacher:
             gen_logprobs=min(one.gen_logprobs for one in each),
         )
 
+    @property
+    def parts(self) -> dict[str, tuple[Any, Teacher]]:
+        """Each teacher's settings, and the teacher."""
+        return {name: (self._config.teachers[name], part) for name, part in self._parts.items()}
+
     async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
         """Evidence for each query, in order.
 

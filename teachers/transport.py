@@ -301,8 +301,9 @@ class Transport:
         raise TeacherError(message)
 
     def clean(self, text: str) -> str:
-        """One line without the key, for messages."""
+        """One line without the key, and without what a terminal would obey, for messages."""
         text = " ".join(self.wire.scrub(text).split())
+        text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
         return text if len(text) <= 400 else f"{text[:400]}…"
 
 
