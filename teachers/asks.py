@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -35,6 +35,11 @@ def digest(parts: Any) -> str:
     """SHA-256 over canonical JSON (sorted keys, no spaces, ASCII): the same parts give the same key anywhere."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def size(texts: Iterable[str]) -> int:
+    """Bytes of some texts: what tokens are estimated from where no tokenizer is at hand."""
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import httpx
 from omniopd.chat import ChatTemplate
 from omniopd.errors import ConfigError
 from omniopd.types import Capabilities, Message
-from teachers.asks import Ask, digest
+from teachers.asks import Ask, digest, size
 from teachers.ladder import Rung
 from teachers.pace import shared_pace
 from teachers.transport import Sender, Sleep, Transport
@@ -181,4 +181,4 @@ class HttpSession:
 
 def estimate_tokens(texts: Sequence[str]) -> int:
     """Tokens of some texts, from above for most tokenizers: one for every two bytes."""
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // 2
+    return size(texts) // 2

@@ -29,7 +29,7 @@ from omniopd.errors import OmniError, TeacherError
 from omniopd.ledger import Ledger
 from omniopd.store import NEVER_STORED, Booking, Draw, Store
 from omniopd.types import Capabilities, ContinueQuery, Evidence, Prompt, Query, Usage
-from teachers.asks import Ask, Manner, evidence, judge, order, settings_of
+from teachers.asks import Ask, Manner, evidence, judge, order, settings_of, size
 from teachers.ladder import Rung
 from teachers.rung import choose, why_not
 from teachers.wire import Backend, Completion, Outcome, Quits, RefusedRequest, Session, Shows, TeacherConfig
@@ -299,15 +299,15 @@ class ApiTeacher:
 
     def _booking(self, ask: Ask, outcome: Outcome[Completion], draws: int) -> Booking:
         """A call as the ledger keeps it; a reply that tells no usage is booked as an estimate."""
-        completion, size = outcome.value, _bytes(ask)
+        completion, sent = outcome.value, _bytes(ask)
         usage = completion.usage if completion else Usage()
         estimated = usage is None
         if usage is None:
             texts = [choice.text for choice in completion.choices] if completion else []
-            usage = Usage(prompt_tokens=size // 3 + 1, completion_tokens=_size(texts) // 3 + 1)
+            usage = Usage(prompt_tokens=sent // 3 + 1, completion_tokens=size(texts) // 3 + 1)
         elif usage.prompt_tokens:
-            self._bytes_per_token = min(self._bytes_per_token, max(1.0, size / usage.prompt_tokens))
-            self._hidden_tokens = max(self._hidden_tokens, usage.prompt_tokens - size)
+            self._bytes_per_token = min(self._bytes_per_token, max(1.0, sent / usage.prompt_tokens))
+            self._hidden_tokens = max(self._hidden_tokens, usage.prompt_tokens - sent)
         return Booking(
             run=self._ledger.run,
             teacher=self.fingerprint,
@@ -427,11 +427,7 @@ def usage_of(booking: Booking) -> Usage:
 
 
 def _bytes(ask: Ask) -> int:
-    return _size(message.content for message in ask.messages)
-
-
-def _size(texts: Iterable[str]) -> int:
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return size(message.content for message in ask.messages)
 
 
 def _spans(indexes: Sequence[int], most: int | None) -> Iterator[list[int]]:
