@@ -111,9 +111,6 @@ def _choice(text: str, meta: Mapping[str, Any], ask: Ask) -> Choice:
     reason = said if isinstance(said, dict) else {}
     kind = reason.get("type")
     tokens = _tokens(meta) if ask.logprobs else ()
-    # The end token that was matched is not part of the text.
-    if tokens and meta["output_token_logprobs"][-1][1] == reason.get("matched"):
-        tokens = tokens[:-1]
     return Choice(text, "stop" if kind == "stop" else "length" if kind == "length" else "error", tokens=tokens)
 
 

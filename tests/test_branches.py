@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from omniopd.branches import continuation_branch, retokenized
+from omniopd.chat import ChatTemplate
 from omniopd.types import Branch, Reply, Rollout
 from omniopd.verification.chunks import cut_chunk
 from omniopd.verification.text import char_ends
@@ -25,7 +26,7 @@ class Text:
     encode, decode = Policy.encode, Policy.decode
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chat = tokenizer, ChatTemplate(tokenizer)
         self.end_id = tokenizer.eos_token_id
         self.end_ids = {self.end_id}
 
