@@ -62,7 +62,7 @@ class HttpBackend:
             raise ConfigError(
                 f"teacher.continuation: this server has no {config.continuation}; choose {', '.join(self.rungs)} or auto"
             )
-        self.fingerprint = f"{config.type}/{config.model}@{config.place}#{digest(self.record())[:16]}"  # type: ignore[attr-defined]
+        self.fingerprint = f"{config.type}/{config.model}@{config.place}#{digest(self.record())[:16]}"
         pace = shared_pace(
             (config.base_url, self.auth.account() if self.auth else "", config.model),
             concurrency=config.concurrency,
@@ -87,7 +87,7 @@ class HttpBackend:
         """What decides an answer: adapter, address, model, rung as configured, system text, sampling, extra fields."""
         config = self.config
         return {
-            "type": config.type,  # type: ignore[attr-defined]
+            "type": config.type,
             "adapter": self.version,
             "place": config.place,
             "model": config.model,

@@ -39,7 +39,6 @@ class InProcessConfig(TeacherConfig):
     It costs nothing unless a `price` is set.
     """
 
-    type: str
     path: str = Field(min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     temperature: float = Field(default=1.0, ge=0)

@@ -50,6 +50,7 @@ class TeacherConfig(Settings):
     # A value that fails to validate is not quoted: it may be a key in the wrong place.
     model_config = ConfigDict(hide_input_in_errors=True)
 
+    type: str
     continuation: Literal["auto", "raw", "prefill", "instruct"] = "auto"
     system: str | None = None
     temperature: float | None = Field(default=1.0, ge=0)
