@@ -89,13 +89,18 @@ class RunFolder:
         with self.writing():
             if existing.exists():
                 self._check_same(existing.read_text(encoding="utf-8"), resume)
-            self.path.mkdir(parents=True, exist_ok=True)
-            existing.write_text(dump_config(config), encoding="utf-8")
             began = json.loads(manifest.read_text(encoding="utf-8")) if resume and manifest.exists() else {}
         self.run_id: str = began.get("run_id") or secrets.token_hex(8)  # the run's name in the ledger
-        if not resume:
-            for log in ("metrics.jsonl", "audits.jsonl", "summary.json"):
-                (self.path / log).unlink(missing_ok=True)
+        self._resume = resume
+
+    def begin(self) -> None:
+        """Make the folder this run's. What goes wrong before leaves none behind that would ask for --resume."""
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            if not self._resume:
+                for log in ("metrics.jsonl", "audits.jsonl", "summary.json"):
+                    (self.path / log).unlink(missing_ok=True)
 
     def _check_same(self, old: str, resume: bool) -> None:
         if not resume:

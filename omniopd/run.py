@@ -108,6 +108,7 @@ class Run:
                 folder.check_teacher(teacher.fingerprint)
                 folder.check_budget()
             await self.check_teacher(teacher)
+            folder.begin()
             record = folder.restore(self.policy, self.trainer)
             folder.write_manifest(teacher.fingerprint, self.policy, getattr(teacher, "probe", None))
             if record.before is None and self.heldout:

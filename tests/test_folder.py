@@ -17,7 +17,9 @@ TREE = {"student": {"path": "s"}, "teacher": {"type": "openai", "model": "m"}, "
 
 
 def folder(tmp_path: Path, *overrides: str, resume: bool = False) -> RunFolder:
-    return RunFolder(load_config(TREE, [f"output={tmp_path / 'run'}", *overrides]), resume=resume)
+    made = RunFolder(load_config(TREE, [f"output={tmp_path / 'run'}", *overrides]), resume=resume)
+    made.begin()
+    return made
 
 
 def test_a_record_survives_json() -> None:

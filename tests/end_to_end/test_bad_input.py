@@ -211,3 +211,14 @@ def test_embedding_without_its_model(fails: Fails) -> None:
 def test_nothing_is_written_when_the_config_is_wrong(fails: Fails, tmp_path: Path) -> None:
     fails("train.steps=-1")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_never_began_needs_no_resume(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["teacher"]["api_key_env"] = "OMNI_LATE_KEY"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["train", str(path)]) == 2
+    monkeypatch.setenv("OMNI_LATE_KEY", "sk-late-key-01")
+    assert main(["train", str(path), "train.steps=1"]) == 0
