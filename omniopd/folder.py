@@ -97,7 +97,7 @@ class RunFolder:
         """Make the folder this run's. What goes wrong before leaves none behind that would ask for --resume."""
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            self._write("config.yaml", dump_config(self.config))
             if not self._resume:
                 for log in ("metrics.jsonl", "audits.jsonl", "summary.json"):
                     (self.path / log).unlink(missing_ok=True)
@@ -190,9 +190,13 @@ class RunFolder:
 
     def _write_json(self, name: str, data: Mapping[str, Any]) -> None:
         with self.writing():
-            partial = self.path / f".{name}"
-            partial.write_text(json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(self.path / name)
+            self._write(name, json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """A whole file or none: a process may be killed while it writes."""
+        partial = self.path / f".{name}"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -57,3 +57,17 @@ def test_s7_another_teacher_is_refused(tmp_path: Path) -> None:
     run.check_teacher("one")
     with pytest.raises(RunError, match="began with one, this is two"):
         run.check_teacher("two")
+
+
+def test_a_run_that_is_killed_while_it_begins_leaves_no_half_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        folder(tmp_path)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    folder(tmp_path)
+    assert (tmp_path / "run" / "config.yaml").exists()
