@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from omniopd.errors import ConfigError, OmniError
 from omniopd.types import Message
+from omniopd.vocabulary import Vocabulary
 
 _MARK = "\ue000{}\ue001"  # stands for the text of a control token while the template runs
 
@@ -28,6 +29,7 @@ class ChatTemplate:
         self._control = re.compile("|".join([*map(re.escape, longest_first), "\ue000\\d+\ue001"]))
         source = f"{tokenizer.chat_template}{sorted(tokenizer.get_vocab().items())}"
         self.digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+        self.vocabulary = Vocabulary(tokenizer)
 
     @classmethod
     def load(cls, path: str, field: str, error: type[OmniError] = ConfigError) -> ChatTemplate:

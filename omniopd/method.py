@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 from omniopd.objective import Objective
 from omniopd.types import Capabilities, Evidence, Query, Rollout, Signal
+from omniopd.vocabulary import Vocabulary
 
 
 class StudentText(Protocol):
@@ -14,6 +15,7 @@ class StudentText(Protocol):
 
     end_ids: Collection[int]  # every id that ends a response
     end_id: int  # the one that a response is taught to end with
+    vocabulary: Vocabulary
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -26,13 +28,15 @@ class Method:
     """A recipe over the slots of the step. Subclasses are one file each in `omniopd/methods/`.
 
     Attributes:
-        needs: what the teacher must offer: "continuation", "answer".
+        needs: what the teacher must offer: "continuation", "answer", "score", "topk", "logits", "same tokenizer".
         on_policy: whether the student writes rollouts; otherwise the method gets rollouts of no tokens.
+        min_coverage: several steps in a row with a smaller share of tokens that the teacher spoke about stop the run.
     """
 
     Config: ClassVar[type[Objective]]
-    needs: ClassVar[frozenset[str]]
+    needs: frozenset[str]
     on_policy: ClassVar[bool] = True
+    min_coverage: float = 0.0
 
     def __init__(self, config: Objective, text: StudentText, seed: int) -> None:
         self.objective, self.text, self.seed = config, text, seed
@@ -45,6 +49,10 @@ class Method:
         """Evidence as numbers on tokens. Pure: the same rollouts and evidence give the same signal."""
         raise NotImplementedError
 
+    def lacking(self, offered: Capabilities) -> list[str]:
+        """What the method needs and a teacher does not offer, in a few words each."""
+        return missing(self.needs, offered, self.text.vocabulary.digest)
+
     def cautions(self) -> list[str]:
         """Settings that are allowed but known to end badly, a sentence each."""
         if self.on_policy and self.objective.anchor.beta == 0:
@@ -54,7 +62,14 @@ class Method:
         return []
 
 
-def missing(needs: frozenset[str], offered: Capabilities) -> list[str]:
-    """What a method needs and a teacher does not offer."""
-    has = {"answer": offered.answer, "continuation": offered.continuation is not None, "score": offered.score}
+def missing(needs: frozenset[str], offered: Capabilities, vocabulary: str = "") -> list[str]:
+    """What a method needs and a teacher does not offer. `vocabulary` is the digest of the student's."""
+    has = {
+        "answer": offered.answer,
+        "continuation": offered.continuation is not None,
+        "score": offered.score,
+        "topk": offered.topk > 0,
+        "logits": offered.logits,
+        "same tokenizer": bool(vocabulary) and offered.vocabulary == vocabulary,
+    }
     return sorted(need for need in needs if not has.get(need, False))

@@ -16,7 +16,7 @@ from omniopd.config import RunConfig
 from omniopd.errors import BudgetSpent, ConfigError, OmniError, RunError, TeacherError
 from omniopd.folder import Record, RunFolder
 from omniopd.ledger import Ledger, read_prices
-from omniopd.method import Method, missing
+from omniopd.method import Method
 from omniopd.progress import Progress
 from omniopd.prompt_check import check_prompts
 from omniopd.registry import METHODS, TASKS, TEACHERS
@@ -142,7 +142,7 @@ class Run:
 
     async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher, ledger: Ledger) -> None:
         config = self.config.train
-        silent = 0
+        silent = thin = 0
         accuracy = record.before["accuracy"] if record.before else None
         self.trainer.accelerator.init_trackers("omniopd")
         with self.progress.task("distilling", total=config.steps, done=record.step) as bar:
@@ -163,8 +163,11 @@ class Run:
                     for name in self.unheard(record):
                         self.progress.say(f"caution: teacher '{name}' has spoken about no token in {record.step} steps")
                 silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0
+                thin = thin + 1 if row["coverage"] < self.method.min_coverage else 0
                 if silent >= config.max_silent_steps:
                     raise _silence(silent, record, folder)
+                if thin >= config.max_silent_steps:
+                    raise _thin(self.method.min_coverage, row["coverage"], record, folder)
 
     def unheard(self, record: Record) -> list[str]:
         """Of several teachers those that have had no share so far (trap S8)."""
@@ -189,7 +192,7 @@ class Run:
 
     def check_needs(self, teacher: Teacher) -> None:
         """Refuse a teacher that can't give what the method needs."""
-        if lacking := missing(self.method.needs, teacher.capabilities):
+        if lacking := self.method.lacking(teacher.capabilities):
             raise ConfigError(
                 f"method: needs {' and '.join(lacking)}, which this teacher does not offer; choose another teacher or method"
             )
@@ -256,6 +259,14 @@ def _silence(steps: int, record: Record, folder: RunFolder) -> OmniError:
             f"method: {steps} steps in a row had no response that a chunk fits into; lower its size; {kept}"
         )
     return TeacherError(f"teacher: {steps} steps in a row gave no signal ({reasons(record)}); {kept}")
+
+
+def _thin(limit: float, coverage: float, record: Record, folder: RunFolder) -> OmniError:
+    """Why a run stops whose teacher speaks about too few of the student's tokens."""
+    return TeacherError(
+        f"method.min_coverage: the teacher spoke about {coverage:.0%} of the tokens, less than {limit:.0%}, for several steps "
+        f"({reasons(record)}); lower it if that is expected; the checkpoint of step {record.step} is kept in {folder.path}"
+    )
 
 
 @asynccontextmanager

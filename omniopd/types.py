@@ -12,9 +12,12 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from omniopd.vocabulary import Vocabulary
 
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
@@ -103,7 +106,32 @@ class AnswerQuery:
     seed: int
 
 
-Query = ContinueQuery | AnswerQuery
+@dataclass(frozen=True, slots=True)
+class ScoreQuery:
+    """What would you have given each token of this response, which somebody else wrote?
+
+    `ids` [T] are its tokens in the vocabulary whose digest is `vocabulary`. A teacher of the same vocabulary scores them as
+    they are; any other cuts `text`, the whole characters that they spell, with its own tokenizer, and scores the end of its
+    own turn after it where the response `closes`. `top` asks for so many of the likeliest tokens at each place, `whole` for
+    the whole distributions.
+    """
+
+    prompt: Prompt
+    row: int
+    ids: tuple[int, ...]
+    vocabulary: str
+    text: str
+    closes: bool
+    top: int = 0
+    whole: bool = False
+
+    @property
+    def n(self) -> int:
+        """One query, one row of scores."""
+        return 1
+
+
+Query = ContinueQuery | AnswerQuery | ScoreQuery
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +206,40 @@ class Answers:
     teacher: str = ""
 
 
-Evidence = Continuations | Answers
+@dataclass(frozen=True, slots=True, eq=False)
+class Distributions:
+    """Next-token distributions at n places, kept as last hidden states [n, D]: no [n, V] tensor is ever stored.
+
+    `head(hidden)` makes the logits [n, V] of (some of) them, at temperature 1.
+    """
+
+    hidden: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenScores:
+    """What the teacher gives each of its n tokens of a response, in nats at temperature 1; or the reason why nothing.
+
+    Either `ids` has tokens or `rejected` one reason. `ids` [n] are in the teacher's vocabulary. `ends` [n] counts the bytes
+    of `query.text` that the tokens up to each have spelled; None where a token ends inside what the tokenizer changed.
+    Tokens of no width spell nothing: the end of the turn, which is the last one where the query `closes`. `logprobs` [n] is
+    nan where there is no value. `top` [n] are the likeliest ids with their log-probs, where they were asked for.
+    """
+
+    query: ScoreQuery
+    ids: tuple[int, ...] = ()
+    ends: tuple[int | None, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top: tuple[Mapping[int, float], ...] = ()
+    distributions: Distributions | None = None
+    vocabulary: Vocabulary | None = None  # the teacher's; None in a replay
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    usage: Usage = Usage()
+    teacher: str = ""
+
+
+Evidence = Continuations | Answers | TokenScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,18 +257,41 @@ class Branch:
     context: int = 0
 
 
+class Target(Protocol):
+    """What the teacher says of the next token at the positions of one response: a divergence of the student's logits.
+
+    `blocks` are runs [start, end) of positions whose divergence needs the logits of all of them at once; () if each
+    position stands alone.
+    """
+
+    blocks: Sequence[tuple[int, int]]
+
+    def divergence(self, logits: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Divergence [r] in nats at positions start to start + r, with gradient to the student's logits there.
+
+        Positions about which the teacher says nothing get a finite number that nobody uses (see `Signal.mask_BT`).
+
+        Args:
+            logits: [r, V], the student's, in the dtype of its head.
+            ids: [r], the tokens that it wrote there.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Signal:
     """Evidence placed on tokens: what the update multiplies -log p with. No gradient flows through any of it.
 
     `values_BT[b][t]` is a likelihood weight or an advantage, `mask_BT` True where the teacher spoke. Values outside the
-    mask are 0 and mean nothing. `branches` are tokens of the teacher's to learn from beside the student's own, and
-    `branch_scale` multiplies their part of the loss.
+    mask are 0 and mean nothing. `targets` [B] are distributions to come near to: each position under the mask adds its
+    divergence (`Target`), None where a rollout has none. `branches` are tokens of the teacher's to learn from beside the
+    student's own, and `branch_scale` multiplies their part of the loss.
     `drops` counts *chunks* (or answers) by the reason they gave no signal, `rejects` single replies.
     """
 
     values_BT: tuple[torch.Tensor, ...]
     mask_BT: tuple[torch.Tensor, ...]
+    targets: tuple[Target | None, ...] = ()
     branches: tuple[Branch, ...] = ()
     branch_scale: float = 1.0
     drops: Counter[str] = field(default_factory=Counter)
@@ -226,7 +310,9 @@ class Signal:
 class Capabilities:
     """What a teacher offers. `continuation` is the rung of the ladder in use: raw, prefill or instruct.
 
-    `gen_logprobs` is how many alternatives it can return for each token that it writes (0: no log-probs).
+    `gen_logprobs` is how many alternatives it can return for each token that it writes (0: no log-probs). Of given text it
+    may tell each token's log-prob (`score`), the `topk` likeliest at each place, and whole distributions (`logits`).
+    `vocabulary` is the digest of its `Vocabulary`, "" where its tokenizer is not at hand.
     """
 
     answer: bool = True
@@ -236,6 +322,7 @@ class Capabilities:
     logits: bool = False
     hidden: bool = False
     gen_logprobs: int = 0
+    vocabulary: str = ""
 
 
 class Teacher(Protocol):

@@ -59,6 +59,7 @@ class Policy:
         self.settings = settings
         self.chat = ChatTemplate.load(settings.path, "student.path", StudentError)
         self.tokenizer = self.chat.tokenizer
+        self.vocabulary = self.chat.vocabulary
         model = _load_model(settings)
         self.end_ids = end_ids(model, self.tokenizer)
         if not self.end_ids:

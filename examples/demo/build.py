@@ -1,10 +1,13 @@
-"""Build the demo models from a seed: `python examples/demo/build.py [student|teacher] ...` (some minutes on two cores).
+"""Build the demo models from a seed: `python examples/demo/build.py [student|teacher|sibling] ...` (minutes on two cores).
 
 The **student** is a small Llama with a byte-level BPE tokenizer that answers tersely and is right about half of the
 time: its training is stopped early. The **teacher** is a Qwen3 with a SentencePiece-style BPE tokenizer (metaspace,
 byte fallback). Left alone it answers in a wordy manner four times out of five, but it can go on in either style. Told
 by a system message to be brief it always answers tersely: that is the demo's "teacher that writes in the student's
 style". The two differ in architecture, tokenizer family, chat template and manner, as a closed teacher would.
+
+The **sibling** is the teacher's recipe with the student's tokenizer and chat template: a teacher of the same tokenizer
+family, to compare what crossing tokenizers costs.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class Recipe:
 
 STUDENT = Recipe("student", steps=1000, decay=False)
 TEACHER = Recipe("teacher", steps=3000, decay=True)
+SIBLING = Recipe("sibling", steps=3000, decay=True)
 
 _STUDENT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -237,14 +241,10 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
 def build(name: str, recipe: Recipe | None = None, target: Path | None = None) -> None:
     """Make one model from the seed and write it as safetensors."""
     torch.manual_seed(SEED)
-    if name == "student":
-        recipe = recipe or STUDENT
-        tokenizer = student_tokenizer()
-        model, messages = student_model(tokenizer), student_messages
-    else:
-        recipe = recipe or TEACHER
-        tokenizer = teacher_tokenizer()
-        model, messages = teacher_model(tokenizer), teacher_messages
+    recipe = recipe or {"student": STUDENT, "teacher": TEACHER, "sibling": SIBLING}[name]
+    tokenizer = teacher_tokenizer() if name == "teacher" else student_tokenizer()
+    model = student_model(tokenizer) if name == "student" else teacher_model(tokenizer)
+    messages = student_messages if name == "student" else teacher_messages
     print(f"{name}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     train(model, tokenizer, recipe, messages)
     target = target or HERE / name
@@ -254,5 +254,5 @@ def build(name: str, recipe: Recipe | None = None, target: Path | None = None) -
 
 
 if __name__ == "__main__":
-    for which in sys.argv[1:] or ["student", "teacher"]:
+    for which in sys.argv[1:] or ["student", "teacher", "sibling"]:
         build(which)
