@@ -9,27 +9,57 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("omniopd", "teachers", "students", "evals")
-SHARED = {"omniopd.types", "omniopd.errors", "omniopd.registry", "omniopd.settings", "omniopd.version"}
+SHARED = {
+    "omniopd.types",
+    "omniopd.spelling",
+    "omniopd.vocabulary",
+    "omniopd.errors",
+    "omniopd.registry",
+    "omniopd.settings",
+    "omniopd.version",
+}
 MAY_IMPORT = {
-    "omniopd/types.py": set(),
+    "omniopd/types.py": {"omniopd.vocabulary"},  # for annotations only
+    "omniopd/spelling.py": set(),
+    "omniopd/vocabulary.py": {"omniopd.errors", "omniopd.spelling"},
+    "omniopd/vocabulary_map.py": SHARED,
+    "omniopd/alignment.py": SHARED,
+    "omniopd/credit.py": SHARED | {"omniopd.alignment"},
+    "omniopd/targets/": SHARED | {"omniopd.losses", "omniopd.targets", "omniopd.alignment", "omniopd.vocabulary_map"},
     "omniopd/errors.py": set(),
     "omniopd/registry.py": {"omniopd.errors"},
     "omniopd/settings.py": {"omniopd.registry"},
     "omniopd/chat.py": SHARED,
     "omniopd/sampling.py": SHARED,
+    "omniopd/model.py": SHARED,
     "omniopd/store.py": SHARED,
     "omniopd/ledger.py": SHARED | {"omniopd.store"},
     "omniopd/verification/": SHARED | {"omniopd.verification"},
-    "omniopd/losses.py": SHARED | {"omniopd.objective"},
+    "omniopd/losses/": SHARED | {"omniopd.objective", "omniopd.losses"},
     "omniopd/scores/": SHARED | {"omniopd.verification"},
     "omniopd/signals/": SHARED | {"omniopd.verification", "omniopd.signals"},
     "omniopd/methods/": SHARED
-    | {"omniopd.verification", "omniopd.sampling", "omniopd.method", "omniopd.objective", "omniopd.branches"},
-    "teachers/": SHARED | {"omniopd.store", "omniopd.ledger", "omniopd.chat", "omniopd.sampling", "teachers"},
+    | {
+        "omniopd.verification",
+        "omniopd.sampling",
+        "omniopd.method",
+        "omniopd.methods",
+        "omniopd.objective",
+        "omniopd.branches",
+        "omniopd.scored",
+        "omniopd.alignment",
+        "omniopd.credit",
+        "omniopd.losses",
+        "omniopd.targets",
+        "omniopd.vocabulary_map",
+    },
+    "teachers/": SHARED
+    | {"omniopd.store", "omniopd.ledger", "omniopd.chat", "omniopd.sampling", "omniopd.model", "teachers"},
     "students/": SHARED
     | {
         "omniopd.chat",
         "omniopd.sampling",
+        "omniopd.model",
         "omniopd.losses",
         "omniopd.objective",
         "omniopd.verification.text",
