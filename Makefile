@@ -6,8 +6,10 @@ export TOKENIZERS_PARALLELISM = false
 
 # the counterparts of `make contract`
 PARTS ?= vllm,litellm,llamacpp
+# flags of `make bench`, as --shape 512,256,16384 or --device cuda --dtype bfloat16
+BENCH ?= --json docs/results/bench/loss.json
 
-.PHONY: install quickstart test contract lint fix demo-models results browser
+.PHONY: install quickstart test contract lint fix demo-models results bench browser
 
 install: $(VENV)/.installed
 
@@ -40,3 +42,8 @@ demo-models: install  ## build the demo models again from their seed
 
 results: install  ## the tables under docs/results/ (hours on two cores; finished runs are kept)
 	$(BIN)/python examples/results.py
+
+bench: install  ## memory and time of the losses beside dense, TRL's and Liger's (16 GB and up to an hour on two cores)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python examples/bench/loss.py $(BENCH)
+	$(BIN)/python examples/bench/page.py

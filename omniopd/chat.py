@@ -78,6 +78,18 @@ class ChatTemplate:
         writes = bos and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(bos) if writes else text
 
+    @property
+    def end_of_turn(self) -> int:
+        """The id that closes an assistant's turn.
+
+        Raises:
+            ConfigError: neither the template nor the tokenizer has one.
+        """
+        if not self.vocabulary.turn_ends:
+            name = self.tokenizer.name_or_path or "this model"
+            raise ConfigError(f"the tokenizer of {name} has no token that ends an answer; set its eos_token")
+        return self.vocabulary.turn_ends[0]
+
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of plain text, and each token's span of characters. No text becomes a control token."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)

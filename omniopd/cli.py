@@ -24,6 +24,7 @@ from omniopd.tables import (
     print_fidelity,
     print_probe,
     print_prompts,
+    print_selftest,
     print_summary,
     share,
 )
@@ -83,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     probing.add_argument("--fidelity", action="store_true", help="compare the rungs of the continuation ladder too")
     probing.add_argument("--yes", action="store_true", help="do not ask before paid calls")
     probing.add_argument("--json", action="store_true", help="print the record as JSON")
+    testing = command(
+        "selftest", _selftest, "Check the arithmetic of a run on its own student and teacher; trains nothing."
+    )
+    testing.add_argument("--yes", action="store_true", help="do not ask before paid calls")
     cache = command("cache", _cache, "Look into an answer store, thin it out, or write it out.", config=False)
     cache.add_argument("action", choices=["stats", "prune", "export"])
     cache.add_argument("store", type=Path, help="the store's file, or a run's folder")
@@ -181,6 +186,19 @@ def _probe(arguments: argparse.Namespace) -> None:
         print(f"omniopd train would refuse: {sentence}")
 
 
+def _selftest(arguments: argparse.Namespace) -> None:
+    from omniopd.config import load_config
+    from omniopd.progress import Progress
+    from omniopd.selftest import selftest
+
+    config = load_config(arguments.config, arguments.overrides)
+    results = asyncio.run(selftest(config, Progress(), _tell if arguments.yes else _agree))
+    print_selftest(results)
+    if failed := [result for result in results if result.verdict == "failed"]:
+        first = failed[0]
+        raise RunError(f"selftest: {len(failed)} of {len(results)} checks failed; {first.name}: {first.found}")
+
+
 def _tell(cost: str) -> bool:
     """Say what is to be spent."""
     print(cost, file=sys.stderr, flush=True)
@@ -195,7 +213,7 @@ def _agree(cost: str) -> bool:
     """
     _tell(cost)
     if not sys.stdin.isatty():
-        raise ConfigError("probe: there is no terminal to ask on; add --yes to agree to that")
+        raise ConfigError("there is no terminal to ask on; add --yes to agree to that")
     print("go on? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from omniopd.errors import ConfigError
 from omniopd.registry import METHODS, TASKS, TEACHERS
 from omniopd.settings import Settings, first_problem, tagged
 from students.policy import StudentSettings
 from students.trainer import OptimizerSettings
+
+Signal = Literal["auto", "logits", "topk", "scores", "continuations", "answers"]
 
 
 class TrainSettings(OptimizerSettings):
@@ -40,13 +42,22 @@ class EvalSettings(Settings):
     teacher_tokens: int = Field(default=512, ge=1, description="token limit of the teacher's answers")
 
 
+class Unnamed(Settings):
+    """Settings of a method that `signal` is still to name; `omniopd.choosing` checks them when it does."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class RunConfig(Settings):
-    """Everything that a run is made from."""
+    """Everything that a run is made from. With a `signal`, a `method` without a name is the one that reads it."""
 
     student: StudentSettings
     teacher: tagged(TEACHERS)  # type: ignore[valid-type]
     task: tagged(TASKS)  # type: ignore[valid-type]
     method: tagged(METHODS, default="omniopd") = Field(default="omniopd", validate_default=True)  # type: ignore[valid-type]
+    signal: Signal | None = Field(
+        default=None, description="what of the teacher is learned from; auto: the best that it offers; null: see method"
+    )
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     output: Path = Path("runs/run")
@@ -58,6 +69,14 @@ class RunConfig(Settings):
         default=None, gt=0, description="stop before the teacher has cost more (exit code 3)"
     )
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _left_to_the_signal(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("signal") is None:
+            return tree
+        method = {} if tree.get("method") is None else tree["method"]
+        return {**tree, "method": Unnamed(**method)} if isinstance(method, dict) and "name" not in method else tree
 
     @property
     def store_path(self) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omniopd.choosing import settle
 from omniopd.config import RunConfig, load_config
 from omniopd.errors import ConfigError
 from omniopd.progress import Progress
@@ -39,7 +40,7 @@ def run_controls(
     Raises:
         ConfigError: the method has no placebos.
     """
-    base = load(source, overrides)
+    base, _ = settle(load(source, overrides))
     if not hasattr(base.method, "placebo"):
         raise ConfigError(f"method: '{base.method.name}' has no placebo runs; omniopd has")
     rows = []

@@ -49,6 +49,13 @@ class Method:
         """Evidence as numbers on tokens. Pure: the same rollouts and evidence give the same signal."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """What of the teacher it learns from, in a few words."""
+        read = next((words for need, words in _READS.items() if need in self.needs), "nothing")
+        if not self.needs & {"score", "topk", "logits"}:
+            return read
+        return f"{read}, {'token by token' if 'same tokenizer' in self.needs else 'aligned by bytes'}"
+
     def lacking(self, offered: Capabilities) -> list[str]:
         """What the method needs and a teacher does not offer, in a few words each."""
         return missing(self.needs, offered, self.text.vocabulary.digest)
@@ -60,6 +67,15 @@ class Method:
                 "method.anchor.beta=0: nothing holds what the teacher does not speak about; published runs collapsed"
             ]
         return []
+
+
+_READS = {  # the richest first: where there are distributions, scores are there as well
+    "logits": "whole distributions",
+    "topk": "likeliest tokens of given text",
+    "score": "scores of given text",
+    "continuation": "continuations of the student's text",
+    "answer": "the teacher's own answers",
+}
 
 
 def missing(needs: frozenset[str], offered: Capabilities, vocabulary: str = "") -> list[str]:

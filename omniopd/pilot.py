@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from omniopd.run import Run
-from omniopd.types import AnswerQuery, ContinueQuery, Query, Usage
+from omniopd.types import AnswerQuery, ContinueQuery, Query, ScoreQuery, Usage
 from teachers.asks import Manner, digest
 from teachers.ladder import Rung
 
@@ -90,7 +90,7 @@ def pilot_queries(run: Run) -> list[Query]:
 
 def row_of(query: Query) -> int:
     """The rollout that a query belongs to."""
-    return query.row if isinstance(query, AnswerQuery) else query.chunk.row
+    return query.chunk.row if isinstance(query, ContinueQuery) else query.row
 
 
 class Counter:
@@ -110,19 +110,24 @@ class Counter:
         )
 
     def read(self, query: Query) -> int:
-        """Tokens of one request for it."""
+        """Tokens of one request for it: the prompt as the student's template has it, and what is asked beyond it."""
         own = sum(self.size(message.content) for message in query.prompt.messages)
-        asked = sum(self.size(message.content) for message in self.manner.ask(query).messages)
-        return len(self._run.policy.prompt_ids(query.prompt)) - own + asked
+        messages = self.manner.ask(query).messages
+        scored = len(query.ids) if isinstance(query, ScoreQuery) else 0  # the last message, token by token
+        asked = sum(self.size(message.content) for message in (messages[:-1] if scored else messages))
+        return len(self._run.policy.prompt_ids(query.prompt)) - own + asked + scored
 
     def most(self, query: Query) -> int:
         """Tokens that its draws may have in all."""
         return query.n * self.manner.ask(query).max_tokens
 
     def expected(self, query: Query) -> int:
-        """Tokens that its draws will have: a continuation runs into its limit, an answer takes half of it, as a guess."""
+        """Tokens that its draws will have: a continuation runs into its limit, an answer takes half of it, as a guess.
+
+        A server writes a token behind a response that it scores.
+        """
         most = self.most(query)
-        return most if isinstance(query, ContinueQuery) else most // 2
+        return most // 2 if isinstance(query, AnswerQuery) else most
 
     def size(self, text: str) -> int:
         """Tokens of a text."""

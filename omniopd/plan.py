@@ -7,13 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from omniopd.chat import first_line
+from omniopd.errors import ConfigError
 from omniopd.ledger import Ledger, Price, read_prices
+from omniopd.losses import slice_size
 from omniopd.pilot import Counter, Pilot, queries_of, run_digest
 from omniopd.registry import TEACHERS
 from omniopd.run import Run
 from omniopd.store import Store
 from omniopd.types import AnswerQuery, Query, Usage
 from teachers.findings import disproved
+from teachers.in_process import InProcessTeacher
 
 SAMPLED = 128  # rollouts that the forecast is made from, spread over the steps
 UNWRITTEN = 4096  # the same for a method whose student writes nothing, so that they cost nothing
@@ -119,17 +126,35 @@ def memory_gb(run: Run) -> dict[str, float]:
         "frozen reference": 0 if student.lora or run.config.method.anchor.beta == 0 else weights * width,
         "gradients and AdamW": trained * 3 * width,
         "activations of a micro-batch": activations,
-        "logits of a slice": 4 * student.slice_tokens * config.vocab_size * 4,
+        "logits of a slice": 4 * (student.slice_tokens or slice_size(config.vocab_size)) * config.vocab_size * 4,
+        "teacher weights": sum(
+            map(weight_bytes, getattr(run.config.teacher, "teachers", {"": run.config.teacher}).values())
+        ),
     }
     return {name: amount / 1e9 for name, amount in parts.items()}
+
+
+def weight_bytes(teacher: Any) -> int:
+    """What a teacher's weights take in this process, without loading them; 0 for one that has none here."""
+    if not issubclass(TEACHERS.get(teacher.type), InProcessTeacher):
+        return 0
+    try:
+        config = AutoConfig.from_pretrained(teacher.path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as problem:  # the library raises a different type for every way in which this fails
+        raise ConfigError(
+            f"teacher.path: '{teacher.path}' is no causal language model: {first_line(problem)}"
+        ) from None
+    stored = getattr(config, "dtype", None) or torch.float32
+    dtype = stored if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
 
 
 def describe(run: Run) -> Sequence[tuple[str, str]]:
     """The plan as rows of (what, value)."""
     config, method = run.config, run.config.method
     memory = memory_gb(run)
-    signals = [signal.name for signal in getattr(method, "signals", [])]
-    score = getattr(getattr(method, "score", None), "name", None)
     return [
         (
             "student",
@@ -137,10 +162,7 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
         ),
         ("teacher", f"{config.teacher.type}: {getattr(config.teacher, 'model', '')}"),
         ("method", f"{method.name}, anchor beta {method.anchor.beta:g}, {method.reduction}"),
-        (
-            "signal",
-            " + ".join(signals) + (f" (score {score})" if score else "") if signals else "the teacher's own answers",
-        ),
+        ("signal", run.signal),
         ("data", f"{len(run.task.train)} training prompts, {len(run.heldout)} held-out problems to measure with"),
         (
             "steps",

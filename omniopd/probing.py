@@ -16,13 +16,14 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from omniopd import pilot
+from omniopd.choosing import against_scores
 from omniopd.errors import ConfigError
 from omniopd.ledger import Ledger
 from omniopd.prompt_check import Compared, compare_prompts
 from omniopd.registry import TEACHERS
 from omniopd.run import Run, open_teacher
 from omniopd.summary import used
-from omniopd.types import Continuations, ContinueQuery, Query, Teacher, Usage
+from omniopd.types import Continuations, ContinueQuery, Query, ScoreQuery, Teacher, Usage
 from teachers.backend import estimate_tokens
 from teachers.client import ApiTeacher
 from teachers.findings import Record, disproved
@@ -84,6 +85,8 @@ async def probe_run(run: Run, *, fidelity: bool = False, agree: Callable[[str], 
         earlier = (live.probe or {}).get("pilot")
         with run.progress.task("probing", total=len(questions(live)), brief=True) as bar:
             record = await probe(live, run.task.train[0], lambda done: bar.advance(by=done - bar.done))
+        if against_scores(record.to_json()):
+            queries = [query for query in queries if not isinstance(query, ScoreQuery)]
         record = await run_pilot(run, live, replace(record, pilot=earlier), queries)
         prompts = await compare_prompts(run.policy, live, run.task.train)
         rows = await compare_rungs(run, live, ledger, chunks) if fidelity else []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from evals.runner import Evaluation, evaluate
+from omniopd.choosing import against_scores, settle
 from omniopd.config import RunConfig
 from omniopd.errors import BudgetSpent, ConfigError, OmniError, RunError, TeacherError
 from omniopd.folder import Record, RunFolder
@@ -23,7 +24,7 @@ from omniopd.registry import METHODS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
 from omniopd.summary import Clock, figures, flat, headline, reasons, step_row, summary, used
-from omniopd.types import AnswerQuery, Evidence, Message, Prompt, Query, Teacher, Usage
+from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Query, Teacher, Usage
 from students.checkpoint import save_student
 from students.policy import Policy
 from students.rollouts import Sampler
@@ -39,6 +40,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
+        config, self.why = settle(config)
         self.config = config
         self.progress = progress or Progress(enabled=False)
         self.task = TASKS.build(config.task)
@@ -54,6 +56,11 @@ class Run:
         self.trainer = Trainer(self.policy, config.train, self.method.objective, config.train.track, config.output)
         for prompt in [*self.task.train, *self.heldout]:
             self.policy.prompt_ids(prompt)  # one that does not fit is found now, not after an hour
+
+    @property
+    def signal(self) -> str:
+        """What of the teacher the student learns from, and why that where the config left it open."""
+        return f"{self.method.describe()}{f' ({self.why})' if self.why else ''}"
 
     def cautions(self) -> list[str]:
         """What is allowed but known to end badly, a sentence each."""
@@ -100,6 +107,7 @@ class Run:
         return asyncio.run(self._train(resume))
 
     async def _train(self, resume: bool) -> dict[str, Any]:
+        self.progress.say(f"signal: {self.signal}")
         for caution in self.cautions():
             self.progress.say(f"caution: {caution}")
         folder = RunFolder(self.config, resume=resume)
@@ -136,7 +144,7 @@ class Run:
             with folder.writing():
                 save_student(folder.path / "student", self.policy)
             self.trainer.accelerator.end_training()
-            finished = summary(self.config, record, ledger, status, self.policy.parameters, after)
+            finished = summary(self.config, record, ledger, status, self.policy.parameters, self.signal, after)
             folder.write_summary(finished)
             return finished
 
@@ -186,7 +194,7 @@ class Run:
         try:
             if self.trainer.whole and self.trainer.updates == record.step:
                 folder.checkpoint(record, self.policy, self.trainer)
-            folder.write_summary(summary(self.config, record, ledger, status, self.policy.parameters))
+            folder.write_summary(summary(self.config, record, ledger, status, self.policy.parameters, self.signal))
         except RunError:
             self.progress.say("the last checkpoint could not be written; an earlier one is kept")
 
@@ -200,7 +208,13 @@ class Run:
     async def check_teacher(self, teacher: Teacher) -> None:
         """Refuse what a probe has disproved, and prompts that student and teacher see differently (trap R3)."""
         for config, part in getattr(teacher, "parts", {"": (self.config.teacher, teacher)}).values():
-            refuse_disproved(config, getattr(part, "probe", None))
+            probe = getattr(part, "probe", None)
+            refuse_disproved(config, probe)
+            if self.method.needs & {"score", "topk"} and (found := against_scores(probe)):
+                raise ConfigError(
+                    f"method: reads log-probs of given text; the probe found otherwise ({found}); leave the method to "
+                    "signal: auto, or probe again if the server has changed"
+                )
             allowed = getattr(config, "allow_prompt_difference", False)
             if noted := await check_prompts(self.policy, part, self.task.train, allowed):
                 self.progress.say(f"caution: {noted}")
@@ -231,7 +245,7 @@ class Run:
             for row, prompt in enumerate(self.heldout)
         ]
         evidence = await self._gather(teacher, queries, "the teacher's accuracy")
-        texts = {e.query.prompt.id: e.replies[0] if e.replies else None for e in evidence}
+        texts = {e.query.prompt.id: e.replies[0] if e.replies else None for e in evidence if isinstance(e, Answers)}
 
         def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
             replies = [texts[prompt.id] for prompt in batch]
@@ -264,8 +278,9 @@ def _silence(steps: int, record: Record, folder: RunFolder) -> OmniError:
 def _thin(limit: float, coverage: float, record: Record, folder: RunFolder) -> OmniError:
     """Why a run stops whose teacher speaks about too few of the student's tokens."""
     return TeacherError(
-        f"method.min_coverage: the teacher spoke about {coverage:.0%} of the tokens, less than {limit:.0%}, for several steps "
-        f"({reasons(record)}); lower it if that is expected; the checkpoint of step {record.step} is kept in {folder.path}"
+        f"method.min_coverage: the teacher spoke about {coverage:.0%} of the tokens, less than {limit:.0%}, for several "
+        f"steps ({reasons(record)}); lower it if that is expected; the checkpoint of step {record.step} is kept in "
+        f"{folder.path}"
     )
 
 

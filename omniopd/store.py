@@ -51,7 +51,8 @@ _SCHEMA = (
 class Draw:
     """One reply of a teacher, with its share of the usage of the call that brought it.
 
-    `rejected` is None for an answer; else the rule that the text broke, and the text is kept to look at, not to use.
+    `rejected` is None for an answer; else the rule that the text broke, and the text is kept to look at, not to use. Scores
+    of somebody else's text are a draw too, of the rung `score`: no text, and `tokens` as `teachers.given` writes them.
     """
 
     text: str

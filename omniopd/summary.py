@@ -13,7 +13,7 @@ from evals.runner import Evaluation
 from omniopd.config import RunConfig
 from omniopd.folder import Record
 from omniopd.ledger import Ledger
-from omniopd.types import ContinueQuery, Evidence, Rollout, Signal, Usage
+from omniopd.types import ContinueQuery, Evidence, Query, Rollout, ScoreQuery, Signal, TokenScores, Usage
 
 
 class Clock:
@@ -32,7 +32,10 @@ class Clock:
 def step_row(
     step: int, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], signal: Signal, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
-    """A step's row of `metrics.jsonl`, but for the times. `queries` = `chunks` + the sum of `drops`, always."""
+    """A step's row of `metrics.jsonl`, but for the times.
+
+    `queries` = `chunks` (or `responses`, where scores are read) + the sum of `drops`, always.
+    """
     tokens = sum(map(len, rollouts))
     spent = usage_json(used(evidence))
     return {
@@ -70,11 +73,17 @@ def per_teacher(evidence: Sequence[Evidence]) -> dict[str, dict[str, int]]:
     for found in evidence:
         if found.teacher:
             count = counts.setdefault(found.teacher, Counter(queries=0, replies=0, tokens=0))
-            query, spoke = found.query, bool(found.replies)
-            width = query.chunk.end - query.chunk.start if isinstance(query, ContinueQuery) else query.max_tokens
-            count.update(queries=1, replies=len(found.replies), tokens=width * spoke)
+            replies = int(bool(found.ids)) if isinstance(found, TokenScores) else len(found.replies)
+            count.update(queries=1, replies=replies, tokens=_width(found.query) if replies else 0)
             count.update({f"rejected {reason}": number for reason, number in found.rejected.items()})
     return {name: dict(count) for name, count in sorted(counts.items())}
+
+
+def _width(query: Query) -> int:
+    """Tokens that a query is about, at most."""
+    if isinstance(query, ContinueQuery):
+        return query.chunk.end - query.chunk.start
+    return len(query.ids) if isinstance(query, ScoreQuery) else query.max_tokens
 
 
 def by_teacher(teachers: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
@@ -117,7 +126,13 @@ def reasons(record: Record) -> str:
 
 
 def summary(
-    config: RunConfig, record: Record, ledger: Ledger, status: str, parameters: int, after: Evaluation | None = None
+    config: RunConfig,
+    record: Record,
+    ledger: Ledger,
+    status: str,
+    parameters: int,
+    signal: str,
+    after: Evaluation | None = None,
 ) -> dict[str, Any]:
     """What `summary.json` holds. A run that stopped early has no accuracy after.
 
@@ -146,7 +161,7 @@ def summary(
             "budget_usd": ledger.budget_usd,
             **({"each": by_teacher(record.teachers)} if len(record.teachers) > 1 else {}),
         },
-        "signal": {"coverage": record.coverage_sum / record.step if record.step else 0.0},
+        "signal": {"read": signal, "coverage": record.coverage_sum / record.step if record.step else 0.0},
         "drops": dict(record.drops),
         "rejects": dict(record.rejects),
         "student": {"path": config.student.path, "parameters": parameters},

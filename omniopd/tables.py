@@ -53,6 +53,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"{summary['signal']['coverage']:.0%}",
     )
     console.print(asked)
+    console.print(f"signal: {summary['signal']['read']}", highlight=False)
     if teacher.get("each"):
         console.print(_each(teacher["each"]))
     holes = {**summary["drops"], **{f"{reason} (replies)": count for reason, count in summary["rejects"].items()}}
@@ -69,6 +70,9 @@ def print_audit(record: dict[str, Any]) -> None:
         if chunk["dropped"]:
             console.print(f"  dropped: {chunk['dropped']} {chunk['rejected']}")
             continue
+        if not chunk["replies"]:
+            _print_scored(console, chunk)
+            continue
         score = f"{chunk['score']:.2f}" if chunk["score"] is not None else "-"
         console.print(
             f"  entropy {chunk['entropy']:.2f} nats, score {score} = k {chunk['k']:.2f} of {chunk['n_eff']} replies"
@@ -78,6 +82,18 @@ def print_audit(record: dict[str, Any]) -> None:
             console.print(f"  {reply.get('score', 0):.2f}  {escape(repr(reply['text']))}", highlight=False)
     if not record["chunks"]:
         console.print("no chunk fits this answer; lower method.chunk_tokens")
+
+
+def _print_scored(console: Console, chunk: Mapping[str, Any]) -> None:
+    """A response that the teacher scored as it stands: the value of each token, - where there is none."""
+    if chunk["score"] is not None:
+        console.print(f"  the teacher's log-prob less the student's: {chunk['score']:+.3f} nats per token in the mean")
+    if not chunk["values"]:
+        console.print("  the target is a distribution at each token, so tokens have no values of their own")
+    for token, value in zip(chunk["tokens"], chunk["values"], strict=False):
+        console.print(f"  {'-' if value is None else f'{value:+.3f}':>8}  {escape(repr(token))}", highlight=False)
+    if chunk["rejected"]:
+        console.print(f"  without a value: {chunk['rejected']}")
 
 
 def _each(teachers: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -140,6 +156,15 @@ def print_fidelity(rows: Sequence[Any]) -> None:
         alike = "-" if row.similarity is None else f"{row.similarity:.3f}"
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(row.reasons.items()))
         table.add_row(row.rung, alike, f"{row.rejected:.1%}", str(row.replies), why or "-")
+    Console().print(table)
+
+
+def print_selftest(results: Sequence[Any]) -> None:
+    """What each check of a self-test came to."""
+    colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
+    table = Table("check", "", "found", title="self-test")
+    for result in results:
+        table.add_row(result.name, f"[{colours[result.verdict]}]{result.verdict}[/]", escape(result.found))
     Console().print(table)
 
 

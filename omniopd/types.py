@@ -12,7 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -278,6 +278,13 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
+class Observing(Protocol):
+    """A target that adds up what it saw: `observed["positions"]`, and sums over those positions of whatever else."""
+
+    observed: dict[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Signal:
     """Evidence placed on tokens: what the update multiplies -log p with. No gradient flows through any of it.
@@ -286,7 +293,8 @@ class Signal:
     mask are 0 and mean nothing. `targets` [B] are distributions to come near to: each position under the mask adds its
     divergence (`Target`), None where a rollout has none. `branches` are tokens of the teacher's to learn from beside the
     student's own, and `branch_scale` multiplies their part of the loss.
-    `drops` counts *chunks* (or answers) by the reason they gave no signal, `rejects` single replies.
+    `drops` counts *chunks* (or answers, or scored responses) by the reason they gave no signal, `rejects` single replies, or
+    single tokens of scored responses.
     """
 
     values_BT: tuple[torch.Tensor, ...]

@@ -23,13 +23,15 @@ class Row:
 
     `ids` and `parents` are [L]; token i continues token parents[i] (-1: none). `sites` are the predictions that matter:
     (index of the token that predicts, predicted id, index of the number it belongs to in the step's flat list of
-    response positions; branch tokens count in a list of their own).
+    response positions; branch tokens count in a list of their own). `rollout` is the index of the rollout whose tokens the
+    own sites are, all of them in order; None for a row of a branch alone.
     """
 
     ids: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     own_sites: list[tuple[int, int, int]] = field(default_factory=list)
     branch_sites: list[tuple[int, int, int]] = field(default_factory=list)
+    rollout: int | None = None
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def append(self, token: int, parent: int) -> int:
@@ -50,7 +52,9 @@ def build_rows(rollouts: Sequence[Rollout], branches: Sequence[Branch], *, trees
 
     Own site numbers run over all response tokens in order, branch site numbers over all learned branch tokens in order.
     """
-    rows = [_trunk(rollout, first) for rollout, first in zip(rollouts, _starts(rollouts), strict=True)]
+    rows = [
+        _trunk(n, rollout, first) for n, (rollout, first) in enumerate(zip(rollouts, _starts(rollouts), strict=True))
+    ]
     extra = []
     first = 0
     for branch in branches:
@@ -77,8 +81,9 @@ def _starts(rollouts: Sequence[Rollout]) -> Iterator[int]:
         total += len(rollout)
 
 
-def _trunk(rollout: Rollout, first: int) -> Row:
+def _trunk(number: int, rollout: Rollout, first: int) -> Row:
     row = _line([*rollout.prompt_ids, *rollout.ids])
+    row.rollout = number
     before = len(rollout.prompt_ids) - 1
     row.own_sites = [(before + t, token, first + t) for t, token in enumerate(rollout.ids)]
     return row

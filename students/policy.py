@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import DataError, StudentError
+from omniopd.model import hidden_times_head_is_logits, split_model
 from omniopd.sampling import end_ids
 from omniopd.settings import Settings
 from omniopd.types import Prompt
@@ -44,7 +45,11 @@ class StudentSettings(Settings):
     max_new_tokens: int = Field(default=512, ge=1)
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
-    slice_tokens: int = Field(default=1024, ge=1, description="positions whose logits exist at one time")
+    slice_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="positions whose logits exist at one time; null: as many as take 128 MiB in fp32",
+    )
     micro_batch_tokens: int = Field(default=16_384, ge=1, description="padded tokens in one forward pass")
 
 
@@ -78,7 +83,7 @@ class Policy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.model: Any = model  # a PreTrainedModel, or peft's wrapper around one
-        self.splits_head = _hidden_times_head_is_logits(self.causal_lm)
+        self.splits_head = hidden_times_head_is_logits(self.causal_lm)
         self.packs_trees = self.splits_head and _tree_mask_is_exact(self.causal_lm)
 
     @property
@@ -152,14 +157,6 @@ class Policy:
         return self.chat.encode(text)
 
 
-def split_model(model: PreTrainedModel) -> tuple[Any, Any]:
-    """The transformer without its head, and the head."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise StudentError(f"student.path: {type(model).__name__} has no output head")
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model, head
-
-
 def _load_model(settings: StudentSettings) -> PreTrainedModel:
     path = settings.path
     if not Path(path).is_dir() and path.count("/") != 1:
@@ -182,24 +179,6 @@ def _with_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
 
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-@torch.no_grad()
-def _hidden_times_head_is_logits(model: PreTrainedModel) -> bool:
-    """Whether the head alone makes the logits; some families scale or cap them afterwards.
-
-    A cap hardly touches small logits, so the head's output is made large for the comparison.
-    """
-    body, head = split_model(model)
-    ids = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
-    louder = head.register_forward_hook(lambda module, inputs, output: output * 1000)
-    try:
-        hidden = body(input_ids=ids).last_hidden_state
-        return torch.allclose(head(hidden).float(), model(input_ids=ids).logits.float(), atol=1e-5, rtol=1e-4)
-    except (TypeError, AttributeError):
-        return False
-    finally:
-        louder.remove()
 
 
 @torch.no_grad()

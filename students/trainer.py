@@ -1,17 +1,17 @@
 """The update: one optimizer step on a step's rollouts and the signal on them.
 
-    L = - a * sum_t v_t log p(y_t)  -  c * sum_b w_b sum_t log p(z_bt)  +  beta * u * sum_{t in U} KL(ref || student)_t
+    L = a * sum_t (D_t - v_t log p(y_t))  -  c * sum_b w_b sum_t log p(z_bt)  +  beta * u * sum_{t in U} KL(ref || student)_t
 
-v: the signal's values on the student's own tokens; z_b: the teacher's branches with weights w_b; U: response tokens on
-which the teacher was silent. The scales a, c, u come from `Reduction` and counts over the *whole* step, so that cutting
-the step into micro-batches changes nothing.
+v: the signal's values on the student's own tokens; D: the divergence from the teacher's distributions, where it has any;
+z_b: the teacher's branches with weights w_b; U: response tokens on which the teacher was silent. The scales a, c, u come
+from `Reduction` and counts over the *whole* step, so that cutting the step into micro-batches changes nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from omniopd.errors import ConfigError, NonFiniteLoss
-from omniopd.losses import chunked_logp_and_kl, reduction_scales, token_nll
+from omniopd.losses import slice_bounds, slice_size, sum_over_slices
+from omniopd.model import split_model
 from omniopd.objective import Objective
 from omniopd.settings import Settings
-from omniopd.types import Rollout, Signal
+from omniopd.types import Observing, Rollout, Signal, Target
 from students.packing import Row, build_rows, micro_batches, tensors
-from students.policy import Policy, split_model
+from students.policy import Policy
+from students.terms import TERMS, Coefficients, SliceLoss, coefficients, sites_of
 
 
 class OptimizerSettings(Settings):
@@ -40,44 +42,6 @@ class OptimizerSettings(Settings):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """What every prediction of a step is multiplied with: own tokens' -log p [R], their KL [R], branches' -log p [Q]."""
-
-    value_R: Tensor
-    anchor_R: Tensor
-    branch_Q: Tensor
-
-
-def coefficients(rollouts: Sequence[Rollout], signal: Signal, objective: Objective) -> Coefficients:
-    """Values, weights and anchor of a step as flat coefficients, scaled by counts over the whole step."""
-    value = _flat(signal.values_BT)
-    audited = _flat(signal.mask_BT).bool()
-    lengths = [len(r) for r in rollouts]
-    if [len(v) for v in signal.values_BT] != lengths or [len(m) for m in signal.mask_BT] != lengths:
-        raise ValueError(f"signal has {len(value)} tokens, rollouts have {sum(lengths)}, or they are spread otherwise")
-    held = torch.ones_like(audited) if objective.anchor.where == "all" else ~audited
-    weights = [torch.full((len(b.ids) - b.context,), b.weight) for b in signal.branches]
-    branch = torch.cat(weights) if weights else torch.zeros(0)
-    all_tokens = len(value) + round(float(branch.sum()))  # a merged reply counts as often as it was drawn
-    value_scale, anchor_scale = reduction_scales(
-        objective.reduction, int(audited.sum()), int(held.sum()), len(rollouts), all_tokens
-    )
-    if objective.reduction == "term_mean":
-        branch_scale = 1 / float(branch.sum()) if len(branch) else 0.0
-    else:
-        branch_scale = value_scale
-    return Coefficients(
-        value_R=value.where(audited, torch.zeros(())) * value_scale,
-        anchor_R=held.float() * (objective.anchor.beta * anchor_scale),
-        branch_Q=branch * (branch_scale * signal.branch_scale),
-    )
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.detach().float() for part in parts]) if parts else torch.zeros(0)
-
-
 class Learner(nn.Module):
     """The forward pass of the update as one module, so that a distributed wrapper sees every use of the weights."""
 
@@ -86,40 +50,44 @@ class Learner(nn.Module):
         self.policy = policy
         self.model = policy.model  # registered: its parameters are this module's
 
-    def forward(self, rows: list[Row], anchored: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """log p of the rows' own tokens [r], their KL(ref || student) [r] if anchored, and log p of branch tokens [q]."""
+    def forward(self, rows: list[Row], scaled: Coefficients, targets: Sequence[Target | None]) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its parts: `TERMS` and the sum of the held tokens' KL, without gradient."""
         model = self.policy.causal_lm
         inputs = tensors(rows, model.dtype, model.device)
-        hidden, head = self._hidden(model, inputs)
-        at = [(b, i) for b, row in enumerate(rows) for i, _, _ in row.own_sites]
-        targets = torch.tensor([token for row in rows for _, token, _ in row.own_sites], dtype=torch.long)
+        sites = sites_of(rows, scaled, targets)
+        hidden, head = self.states(model, inputs)
         reference = reference_head = None
-        if anchored and at:
+        if bool(sites.anchor.any()):
             with torch.no_grad(), self.policy.reference() as frozen:
-                reference, reference_head = self._hidden(frozen, inputs)
-                reference = _gather(reference, at)
+                reference, reference_head = self.states(frozen, inputs)
+                reference = _gather(reference, sites.places[: sites.own])
                 reference_head = getattr(
                     reference_head, "base_layer", reference_head
                 )  # adapters may sit on the head too
-        size = self.policy.settings.slice_tokens
-        logp, kl = chunked_logp_and_kl(
-            _gather(hidden, at), head, targets.to(model.device), reference, reference_head, size
+        size = self.policy.settings.slice_tokens or slice_size(split_model(model)[1].weight.shape[0])
+        return sum_over_slices(
+            _gather(hidden, sites.places),
+            head,
+            SliceLoss(sites.to(model.device), reference, reference_head),
+            slice_bounds(len(sites), size, sites.blocks),
         )
-        sites = [(b, i, token) for b, row in enumerate(rows) for i, token, _ in row.branch_sites]
-        unique = {site: n for n, site in enumerate(dict.fromkeys(sites))}  # texts that agree share their predictions
-        targets = torch.tensor([token for _, _, token in unique], dtype=torch.long).to(model.device)
-        branch_logp, _ = chunked_logp_and_kl(
-            _gather(hidden, [(b, i) for b, i, _ in unique]), head, targets, None, None, size
-        )
-        branch_logp = branch_logp[[unique[site] for site in sites]]
-        return logp, kl, branch_logp
 
-    def _hidden(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    def states(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
         """Last hidden states and the head; for families that rework the logits, the logits and the identity."""
         if not self.policy.splits_head:
             return model(**inputs, use_cache=False).logits, nn.Identity()
         body, head = split_model(model)
         return body(**inputs, use_cache=False).last_hidden_state, head
+
+
+def observed(targets: Sequence[Target | None]) -> dict[str, float]:
+    """What the targets saw, as means over the positions; empty where none of them looks."""
+    sums: Counter[Any] = Counter()  # of fractions, too
+    for target in targets:
+        if isinstance(target, Observing):
+            sums.update(target.observed)
+    positions = sums.pop("positions", 0)
+    return {f"support_{name}": amount / positions for name, amount in sums.items()} if positions else {}
 
 
 def _gather(hidden: Tensor, at: list[tuple[int, int]]) -> Tensor:
@@ -186,31 +154,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scaled = coefficients(rollouts, signal, self.objective)
         rows = build_rows(rollouts, signal.branches, trees=self.policy.packs_trees)
-        anchored = self.objective.anchor.beta > 0
-        value = branch = anchor = kl_sum = 0.0
+        sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64)
         for batch in micro_batches(rows, self.policy.settings.micro_batch_tokens):
             with self.policy.learning():
-                logp, kl, branch_logp = self.learner(batch, anchored)
-            own = [n for row in batch for _, _, n in row.own_sites]
-            teachers = [n for row in batch for _, _, n in row.branch_sites]
-            terms = [
-                token_nll(logp, scaled.value_R[own].to(logp.device)),
-                token_nll(branch_logp, scaled.branch_Q[teachers].to(logp.device)),
-            ]
-            if kl is not None:
-                terms.append((scaled.anchor_R[own].to(kl.device) * kl).sum())
-                kl_sum += float(kl.detach()[scaled.anchor_R[own].to(kl.device) > 0].sum())
-                anchor += float(terms[2].detach())
-            value += float(terms[0].detach())
-            branch += float(terms[1].detach())
-            self.accelerator.backward(torch.stack(terms).sum())
+                loss, parts = self.learner(batch, scaled, signal.targets)
+            sums += parts.cpu()
+            if loss.requires_grad:
+                self.accelerator.backward(loss)
+        *terms, kl = sums.tolist()
         held = int((scaled.anchor_R > 0).sum())
         return {
-            "loss": value + branch + anchor,
-            "value_loss": value,
-            "branch_loss": branch,
-            "anchor_loss": anchor,
-            "kl": kl_sum / held if held else 0.0,
+            "loss": sum(terms),
+            **dict(zip(TERMS, terms, strict=True)),
+            "kl": kl / held if held else 0.0,
+            **observed(signal.targets),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omniopd.types import Prompt, Usage
@@ -13,7 +13,7 @@ from teachers.backend import HttpSession
 from teachers.client import ApiTeacher
 from teachers.ladder import Rung
 from teachers.rung import Unanswered
-from teachers.scoring import Scorer, Scores
+from teachers.scoring import Scorer, Scores, Scoring, scorer_of
 from teachers.wire import Call, Completion, Outcome, Session
 
 SHORT = 24  # tokens of a draw that is only compared with others
@@ -79,7 +79,7 @@ class Asker:
             return None
         return await self.teacher.prober(_Altered(self.session, change))(ask, 1, ask.seed)
 
-    async def scores(self, scorer: Scorer, ask: Ask, ids: Sequence[int]) -> Scores:
+    async def scores(self, ask: Ask, ids: Sequence[int]) -> Scores:
         """What the teacher's model says of given tokens, and the likeliest one at each place; `ask` holds them as text.
 
         Raises:
@@ -87,12 +87,11 @@ class Asker:
             Unanswered: there is no reply.
             TeacherError: as `Session.draw`.
         """
-        assert isinstance(self.session, HttpSession), "scorers ask over HTTP"
-        scoring = _Scoring(self.session, scorer.score_call(ids, 1), len(ids))
-        outcome = await self.teacher.prober(scoring)(ask, 1, None)
+        scored = _Scored(self.session, scorer_of(self.backend), ids)
+        outcome = await self.teacher.prober(scored)(ask, 1, None)
         if outcome.value is None:
             raise Unanswered(outcome, MEND)
-        return scorer.read_scores(scoring.payload, ids, 1)
+        return scored.read()
 
 
 @dataclass
@@ -108,20 +107,30 @@ class _Altered:
 
 
 @dataclass
-class _Scoring:
-    """A session whose only request is one for scores, so that it is paid for as any. A reply without them is no fault that
-    another try would mend: it is read by who asked."""
+class _Scored:
+    """A session whose only request is one for scores, so that it is paid for as any.
 
-    session: HttpSession
-    call: Call
-    tokens: int
-    payload: Any = None
+    Over HTTP a reply without them is no fault that another try would mend: it is read when it is booked.
+    """
+
+    session: Session
+    scorer: Scorer | None
+    ids: Sequence[int]
+    read: Callable[[], Scores] = field(init=False)
 
     async def draw(self, ask: Ask, n: int, seed: int | None) -> Outcome[Completion]:
         """See `wire.Session`."""
+        booked = Completion((Choice("", "length"),), usage=Usage(prompt_tokens=len(self.ids), completion_tokens=1))
+        if isinstance(self.session, HttpSession) and (scorer := self.scorer):
 
-        def keep(payload: Any) -> Completion:
-            self.payload = payload
-            return Completion((Choice("", "length"),), usage=Usage(prompt_tokens=self.tokens, completion_tokens=1))
+            def keep(payload: Any) -> Completion:
+                self.read = lambda: scorer.read_scores(payload, self.ids, 1)
+                return booked
 
-        return await self.session.sender.send(self.call, keep)
+            return await self.session.sender.send(scorer.score_call(self.ids, 1), keep)
+        assert isinstance(self.session, Scoring), "asked only of what offers scores"
+        outcome = await self.session.score(self.ids, 0, 1, False)
+        if (scores := outcome.value) is None:
+            return Outcome(outcome.attempts, None, outcome.reason, outcome.detail)
+        self.read = lambda: scores
+        return Outcome(outcome.attempts, booked)

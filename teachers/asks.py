@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, overload
 
 from omniopd.store import NEVER_STORED, Draw
 from omniopd.types import (
@@ -17,11 +17,11 @@ from omniopd.types import (
     Answers,
     Continuations,
     ContinueQuery,
-    Evidence,
     Message,
     Prompt,
     Query,
     Reply,
+    ScoreQuery,
     Token,
     Usage,
 )
@@ -29,6 +29,7 @@ from teachers import ladder
 from teachers.ladder import Rung
 
 KEY_VERSION = 2
+SCORE, SCORE_VERSION = "score", 1  # the rung of kept scores, and the version of their keys
 
 
 def digest(parts: Any) -> str:
@@ -80,8 +81,49 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreAsk:
+    """A response to be scored. `messages` end with it, as the teacher's own turn.
+
+    `ids` are its tokens where they are of the teacher's vocabulary; None: the teacher's tokenizer cuts its text, and the
+    end of the turn is scored where it `closes`. Temperature is always 1, so none is named. `max_tokens` is what a server
+    may write behind what it scores.
+    """
+
+    teacher: str
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...] | None
+    closes: bool
+    top: int
+    whole: bool
+    max_tokens: ClassVar[int] = 1
+    purpose: ClassVar[str] = SCORE
+
+    @property
+    def text(self) -> str:
+        """The response."""
+        return self.messages[-1].content
+
+    def keys(self, n: int = 1) -> list[str]:
+        """The key of its scores: everything that can change them. There is one row of scores, whatever n is."""
+        request = {
+            "version": SCORE_VERSION,
+            "rung": SCORE,
+            "teacher": self.teacher,
+            "messages": [[message.role, message.content] for message in self.messages],
+            "ids": self.ids,
+            "closes": self.closes,
+            "top": self.top,
+            "whole": self.whole,
+        }
+        return [digest(request)]
+
+
+@dataclass(frozen=True, slots=True)
 class Manner:
-    """How a teacher is asked: all that decides an answer beside the query and the weights behind `fingerprint`."""
+    """How a teacher is asked: all that decides an answer beside the query and the weights behind `fingerprint`.
+
+    `vocabulary` is the digest of the teacher's, "" where its tokenizer is not at hand.
+    """
 
     fingerprint: str
     rung: Literal["raw", "prefill", "instruct"]
@@ -91,9 +133,25 @@ class Manner:
     logprobs: int = 0
     thinking_tokens: int = 0  # room for hidden thought, added to every limit
     template: str = ""
+    vocabulary: str = ""
 
-    def ask(self, query: Query) -> Ask:
+    @overload
+    def ask(self, query: ContinueQuery | AnswerQuery) -> Ask: ...
+    @overload
+    def ask(self, query: ScoreQuery) -> ScoreAsk: ...
+    @overload
+    def ask(self, query: Query) -> Ask | ScoreAsk: ...
+    def ask(self, query: Query) -> Ask | ScoreAsk:
         """Render a query. The text of the audited chunk is not looked at."""
+        if isinstance(query, ScoreQuery):
+            return ScoreAsk(
+                teacher=self.fingerprint,
+                messages=(*self._with_system(query.prompt.messages), Message("assistant", query.text)),
+                ids=query.ids if query.vocabulary == self.vocabulary else None,
+                closes=query.closes,
+                top=query.top,
+                whole=query.whole,
+            )
         if isinstance(query, AnswerQuery):
             return self.render("answer", query.prompt, "", query.max_tokens, query.seed)
         prefix = query.chunk.prefix
@@ -185,7 +243,9 @@ def judge(choice: Choice, ask: Ask, model: str, prompt_tokens: int, completion_t
     )
 
 
-def evidence(query: Query, outcomes: Mapping[int, Draw | str], usage: Usage) -> Evidence:
+def evidence(
+    query: ContinueQuery | AnswerQuery, outcomes: Mapping[int, Draw | str], usage: Usage
+) -> Continuations | Answers:
     """The evidence of a query from one outcome per draw: a draw, or the reason why there is none."""
     replies: list[Reply] = []
     rejected: Counter[str] = Counter()
@@ -205,13 +265,14 @@ def evidence(query: Query, outcomes: Mapping[int, Draw | str], usage: Usage) -> 
 
 def describe(query: Query) -> str:
     """A query in a few words, for messages."""
-    place = f"chunk at token {query.chunk.start}" if isinstance(query, ContinueQuery) else "whole answer"
-    row = query.chunk.row if isinstance(query, ContinueQuery) else query.row
-    return f"prompt '{query.prompt.id}', rollout {row}, {place}"
+    if isinstance(query, ContinueQuery):
+        return f"prompt '{query.prompt.id}', rollout {query.chunk.row}, chunk at token {query.chunk.start}"
+    place = "scores of the response" if isinstance(query, ScoreQuery) else "whole answer"
+    return f"prompt '{query.prompt.id}', rollout {query.row}, {place}"
 
 
 def order(query: Query) -> tuple[int, int]:
-    """Sort key: the rollout, then the place in it; a whole answer comes before any chunk."""
+    """Sort key: the rollout, then the place in it; what is about a whole response comes before any chunk."""
     return (query.chunk.row, query.chunk.start) if isinstance(query, ContinueQuery) else (query.row, -1)
 
 
@@ -226,4 +287,5 @@ def settings_of(manner: Manner) -> dict[str, Any]:
         "thinking_tokens": manner.thinking_tokens,
         "template": ladder.TEMPLATE_VERSION,
         "chat_template": manner.template,
+        "vocabulary": manner.vocabulary,
     }

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import httpx
 
 from omniopd.chat import ChatTemplate
-from omniopd.errors import ConfigError
+from omniopd.errors import ConfigError, TeacherError
 from omniopd.types import Capabilities, Message
 from teachers.asks import Ask, digest, size
 from teachers.ladder import Rung
 from teachers.pace import shared_pace
+from teachers.scoring import Scorer, Scores, scorer_of
 from teachers.transport import Sender, Sleep, Transport
-from teachers.wire import Call, Completion, HttpConfig, Outcome, Verdict, key_from_env
+from teachers.wire import Call, Completion, HttpConfig, Outcome, TeacherConfig, Verdict, key_from_env
 
 
 class HttpBackend:
@@ -48,7 +49,7 @@ class HttpBackend:
         self.config = config
         self.auth = key_from_env(config.api_key_env, self.key_header, self.key_scheme)
         self.base_url = self.place = config.base_url
-        self.chat = ChatTemplate.load(config.tokenizer, "teacher.tokenizer") if config.tokenizer else None
+        self.chat = _chat_of(config)
         self.template = self.chat.digest if self.chat else ""
         self.rungs = tuple(rung for rung in self.ladder if rung != "raw" or self.chat)
         if config.continuation == "raw" and "raw" not in self.rungs:
@@ -73,10 +74,33 @@ class HttpBackend:
             self, pace, timeout_s=config.timeout_s, max_attempts=config.max_attempts, http=http, sleep=sleep
         )
 
+    @classmethod
+    def promises(cls, config: HttpConfig) -> Capabilities:
+        """What a back end of these settings will offer; nothing is sent, and no key is read.
+
+        Raises:
+            ConfigError: `teacher.tokenizer` names none that loads.
+        """
+        return cls._offers(config, _chat_of(config))
+
     @property
     def offers(self) -> Capabilities:
-        """What this format can give beside text."""
-        return Capabilities(gen_logprobs=self.config.logprobs)
+        """What it can give beside text."""
+        return self._offers(self.config, self.chat)
+
+    @classmethod
+    def most_top(cls, config: HttpConfig) -> int | None:
+        """How many of the likeliest tokens it gives at each place of given text; None where it scores no given text."""
+        return None
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What has given tokens scored, if not the back end itself."""
+        return None
+
+    @classmethod
+    def _offers(cls, config: HttpConfig, chat: ChatTemplate | None) -> Capabilities:
+        return offers_of(chat, config, "instruct", cls.most_top(config))
 
     @property
     def model(self) -> str:
@@ -167,6 +191,18 @@ class HttpSession:
         """Send a request of one's own making, read as the answer to `ask`."""
         return await self.sender.send(call, lambda payload: self._backend.read(payload, ask))
 
+    async def score(self, ids: Sequence[int], start: int, top: int, whole: bool) -> Outcome[Scores]:
+        """See `scoring.Scoring`."""
+        scorer = scorer_of(self._backend)
+        if scorer is None or whole:
+            what = "whole distributions of" if whole else "log-probs of"
+            raise TeacherError(
+                f"teacher.type: {self._backend.config.type} has no {what} given text; choose another type"
+            )
+        return await self.sender.send(
+            scorer.score_call(ids, top), lambda payload: scorer.read_scores(payload, ids, top).since(start)
+        )
+
     def quit(self) -> None:
         """See `wire.Quits`."""
         self.sender.quit()
@@ -182,3 +218,25 @@ class HttpSession:
 def estimate_tokens(texts: Sequence[str]) -> int:
     """Tokens of some texts, from above for most tokenizers: one for every two bytes."""
     return size(texts) // 2
+
+
+def offers_of(
+    chat: ChatTemplate | None, config: TeacherConfig, rung: Literal["raw", "instruct"], top: int | None
+) -> Capabilities:
+    """What a teacher offers whose model scores given tokens with the `top` likeliest at each place (None: it does not).
+
+    It takes the tokenizer to have text scored: a teacher without one scores nothing, nor does one whose tokens can't be laid
+    over a text.
+    """
+    scores = top is not None and chat is not None and not chat.vocabulary.lossy
+    return Capabilities(
+        continuation=rung,
+        score=scores,
+        topk=top if scores and top is not None else 0,
+        gen_logprobs=config.logprobs,
+        vocabulary=chat.vocabulary.digest if chat else "",
+    )
+
+
+def _chat_of(config: HttpConfig) -> ChatTemplate | None:
+    return ChatTemplate.load(config.tokenizer, "teacher.tokenizer") if config.tokenizer else None

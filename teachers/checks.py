@@ -230,13 +230,13 @@ async def prompt_logprobs(asker: Asker) -> Seen:
     scorer, chat = scorer_of(asker.backend), getattr(asker.backend, "chat", None)
     if chat is None and (scorer or "raw" in getattr(asker.backend, "ladder", ())):
         return Seen(None, "set teacher.tokenizer to try")
-    if scorer is None or chat is None:
+    if chat is None or not asker.teacher.capabilities.score:
         return Seen(False, "this type of teacher has none")
     ask = asker.manner.render("prefill", asker.prompt, f"{COUNTED} 5", 1, seed=0)
     ids = chat.ids(ask.messages, open_turn=True)
     other = next(token for token in ids if token != ids[-1])
     try:
-        first, again, changed = [await asker.scores(scorer, ask, row) for row in (ids, ids, (*ids[:-1], other))]
+        first, again, changed = [await asker.scores(ask, row) for row in (ids, ids, (*ids[:-1], other))]
     except (Malformed, Unanswered) as problem:
         return Seen(False, str(getattr(problem, "detail", problem)))
     wrong = _shifted(first, again, changed)

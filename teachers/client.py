@@ -9,6 +9,9 @@ Draws: one that was rejected or dropped is not replaced, so `len(replies) + sum(
 covers neighbouring draws only and is seeded with the first one's seed, so that a server that gives choice j the seed
 `seed + j` never returns one draw twice.
 
+Scores of a response are one call, and are kept and found again as a draw is. Only whole distributions are not: the hidden
+states of every token would fill any disk, so that a resumed run has them computed again.
+
 Money: the most that a call can cost is reserved before it is sent, and what it did cost is booked in the transaction that
 stores what it brought. A gather that ends early waits for the calls under way: they are paid, so they are kept.
 """
@@ -18,44 +21,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, ClassVar
 
-from omniopd.errors import OmniError, TeacherError
+from omniopd.errors import ConfigError, OmniError, TeacherError
 from omniopd.ledger import Ledger
 from omniopd.store import NEVER_STORED, Booking, Draw, Store
-from omniopd.types import Capabilities, ContinueQuery, Evidence, Prompt, Query, Usage
-from teachers.asks import Ask, Manner, evidence, judge, order, settings_of, size
+from omniopd.types import (
+    Capabilities,
+    ContinueQuery,
+    Distributions,
+    Evidence,
+    Prompt,
+    Query,
+    ScoreQuery,
+    TokenScores,
+    Usage,
+)
+from omniopd.vocabulary import Vocabulary
+from teachers.asks import Ask, Manner, ScoreAsk, evidence, judge, order, settings_of, size
+from teachers.gathering import Gathering
+from teachers.given import Passage, draw_of, hole, passage, token_scores
 from teachers.ladder import Rung
 from teachers.rung import choose, why_not
-from teachers.wire import Backend, Completion, Outcome, Quits, RefusedRequest, Session, Shows, TeacherConfig
+from teachers.scoring import Scores, Scoring
+from teachers.wire import Backend, Completion, Outcome, RefusedRequest, Session, Shows, TeacherConfig
 
 log = logging.getLogger(__name__)
 
 SILENT_CALLS = 8  # that many dropped calls before any answer: the step ends at once, not after thousands of tries
-DRAIN_S = 20.0  # how long a gather that ends early waits for the calls under way
 BYTES_PER_TOKEN = 2  # of a prompt, before any reply has told: nearly every tokenizer needs more bytes for a token
-
-
-@dataclass
-class _Step:
-    """What one gather has seen so far."""
-
-    calls: int = 0
-    dropped: int = 0
-    reused: int = 0
-    last: str = ""
-    over: bool = False  # nothing new is sent
-    locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    under_way: set[asyncio.Task[Any]] = field(default_factory=set)
-
-    @property
-    def silent(self) -> bool:
-        return self.calls > 0 and self.dropped == self.calls and not self.reused
 
 
 class ApiTeacher:
@@ -90,6 +87,16 @@ class ApiTeacher:
         # Until `auto` has looked, only the rung that needs no proof is promised.
         self._use(self.backend.rungs[-1] if config.continuation == "auto" else config.continuation)
 
+    @classmethod
+    def promises(cls, config: TeacherConfig) -> Capabilities:
+        """What a teacher of these settings will offer, before it is made: nothing is sent, and no weights are loaded.
+
+        Raises:
+            ConfigError: the tokenizer that the settings name does not load.
+        """
+        promised: Capabilities = cls.Backend.promises(config)
+        return promised if config.continuation == "auto" else replace(promised, continuation=config.continuation)
+
     async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
         """Evidence for each query, in order.
 
@@ -100,7 +107,7 @@ class ApiTeacher:
         """
         if not queries:
             return []
-        step, results = _Step(), dict[int, Evidence]()
+        step, results = Gathering(), dict[int, Evidence]()
         ranked = sorted(range(len(queries)), key=lambda index: order(queries[index]))
         if self._config.warm_cache:
             rows = [list(row) for _, row in groupby(ranked, key=lambda index: order(queries[index])[0])]
@@ -121,7 +128,7 @@ class ApiTeacher:
                         for row in rows:
                             group.create_task(follow(session, row))
                 finally:
-                    await _drain(session, step)
+                    await step.drain(session)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         if step.silent:
@@ -162,7 +169,9 @@ class ApiTeacher:
 
     # ------------------------------------------------------------------ one query
 
-    async def _answer(self, session: Session, step: _Step, query: Query) -> Evidence:
+    async def _answer(self, session: Session, step: Gathering, query: Query) -> Evidence:
+        if isinstance(query, ScoreQuery):
+            return await self._score(session, step, query)
         ask = self.manner.ask(query)
         keys = ask.keys(query.n)
         if not keys:
@@ -188,28 +197,17 @@ class ApiTeacher:
         return evidence(query, got, usage)
 
     async def _call(
-        self, session: Session, step: _Step, ask: Ask, keys: Sequence[str], span: Sequence[int]
+        self, session: Session, step: Gathering, ask: Ask, keys: Sequence[str], span: Sequence[int]
     ) -> tuple[dict[int, Draw | str], Usage]:
         """One call for the draws of `span`; what came of them (at least one; all, if it was dropped), and its cost."""
-        held = await self._ledger.reserve(self._most_usd(ask, len(span)))
-        if step.over:
-            held.release()
-            raise asyncio.CancelledError
-        paid = asyncio.create_task(self._paid(session, step, ask, keys, span))
-        step.under_way.add(paid)
-
-        def ended(task: asyncio.Task[Any]) -> None:
-            """The call is booked, or has failed; who sent it may be gone by then, so its error counts as heard."""
-            step.under_way.discard(task)
-            held.release()
-            if not task.cancelled():
-                task.exception()
-
-        paid.add_done_callback(ended)
-        return await asyncio.shield(paid)
+        return await step.pay(
+            self._ledger,
+            self._most_usd(ask, len(span)),
+            lambda: self._paid(session, step, ask, keys, span),
+        )
 
     async def _paid(
-        self, session: Session, step: _Step, ask: Ask, keys: Sequence[str], span: Sequence[int]
+        self, session: Session, step: Gathering, ask: Ask, keys: Sequence[str], span: Sequence[int]
     ) -> tuple[dict[int, Draw | str], Usage]:
         """The part of a call that is not given up once it has begun: ask, store, count."""
         seed = ask.seed + span[0] if self.seeded else None
@@ -233,6 +231,49 @@ class ApiTeacher:
             self._most = self._brought  # a reply that is short for once teaches nothing
         return self._keep(keys, draws, self._booking(ask, outcome, len(draws)))
 
+    async def _score(self, session: Session, step: Gathering, query: ScoreQuery) -> TokenScores:
+        """The scores of one response, from the store or by one call."""
+        ask, chat = self.manner.ask(query), getattr(self.backend, "chat", None)
+        if chat is None or not isinstance(session, Scoring):
+            raise TeacherError(
+                f"teacher at {self.backend.place} scores no given text; choose another method or teacher.type"
+            )
+        vocabulary: Vocabulary = chat.vocabulary
+        (key,) = ask.keys()
+        if reason := hole(ask, vocabulary):
+            self._store.keep({}, {key: reason})
+            return token_scores(query, reason, Usage(), vocabulary)
+        async with step.locks[key]:
+            held = {} if ask.whole else self._store.get_many([key])
+            if key in held:
+                step.reused += 1
+                return token_scores(query, held[key], Usage(cached_calls=1), vocabulary)
+            try:
+                given = passage(ask, chat)
+            except ConfigError:
+                raise
+            except ValueError as error:
+                raise TeacherError(f"the chat template of the teacher refuses '{query.prompt.id}': {error}") from None
+            kept, usage, whole = await step.pay(
+                self._ledger, self._most_usd(ask, 1), lambda: self._paid_scores(session, step, ask, given, vocabulary)
+            )
+            return replace(token_scores(query, kept, usage, vocabulary), distributions=whole)
+
+    async def _paid_scores(
+        self, session: Scoring, step: Gathering, ask: ScoreAsk, given: Passage, vocabulary: Vocabulary
+    ) -> tuple[Draw | str, Usage, Distributions | None]:
+        """The part of a call for scores that is not given up once it has begun: ask, store, count."""
+        (key,) = ask.keys()
+        outcome = await session.score((*given.prompt_ids, *given.ids), len(given.prompt_ids), ask.top, ask.whole)
+        step.calls += 1
+        if outcome.value is None:
+            self._note_dropped(step, outcome)
+            self._store.keep({}, {key: outcome.reason}, self._booking(ask, outcome, 0))
+            return outcome.reason, Usage(calls=outcome.attempts), None
+        draw, booking = draw_of(given, outcome.value, vocabulary), self._booking(ask, outcome, 1)
+        kept, usage = self._keep([key], {} if ask.whole else {0: draw}, booking)
+        return kept.get(0, draw), usage, outcome.value.distributions
+
     def _keep(
         self, keys: Sequence[str], draws: Mapping[int, Draw], booking: Booking
     ) -> tuple[dict[int, Draw | str], Usage]:
@@ -254,7 +295,7 @@ class ApiTeacher:
             for index, choice in enumerate(choices)
         ]
 
-    def _note_dropped(self, step: _Step, outcome: Outcome[Completion]) -> None:
+    def _note_dropped(self, step: Gathering, outcome: Outcome[Any]) -> None:
         if outcome.reason != "error":
             return
         step.dropped += 1
@@ -262,7 +303,7 @@ class ApiTeacher:
         if step.silent and step.dropped >= SILENT_CALLS:
             raise self._silence(step)
 
-    def _silence(self, step: _Step) -> TeacherError:
+    def _silence(self, step: Gathering) -> TeacherError:
         return TeacherError(
             f"teacher at {self.backend.place} is unreachable: none of {step.calls} calls brought an answer "
             f"(last: {step.last}); check the server and teacher.base_url, then resume"
@@ -281,7 +322,7 @@ class ApiTeacher:
 
     # ------------------------------------------------------------------ money
 
-    def _most_usd(self, ask: Ask, n: int) -> float:
+    def _most_usd(self, ask: Ask | ScoreAsk, n: int) -> float:
         """The most that a call can cost. A prompt's tokens are estimated from its bytes, as the replies so far had it."""
         if self.price is None:
             return 0.0
@@ -297,13 +338,13 @@ class ApiTeacher:
     def _cost(self, usage: Usage) -> float:
         return self.price_of(usage) or 0.0
 
-    def _booking(self, ask: Ask, outcome: Outcome[Completion], draws: int) -> Booking:
+    def _booking(self, ask: Ask | ScoreAsk, outcome: Outcome[Completion] | Outcome[Scores], draws: int) -> Booking:
         """A call as the ledger keeps it; a reply that tells no usage is booked as an estimate."""
         completion, sent = outcome.value, _bytes(ask)
         usage = completion.usage if completion else Usage()
         estimated = usage is None
         if usage is None:
-            texts = [choice.text for choice in completion.choices] if completion else []
+            texts = [choice.text for choice in completion.choices] if isinstance(completion, Completion) else []
             usage = Usage(prompt_tokens=sent // 3 + 1, completion_tokens=size(texts) // 3 + 1)
         elif usage.prompt_tokens:
             self._bytes_per_token = min(self._bytes_per_token, max(1.0, sent / usage.prompt_tokens))
@@ -364,6 +405,7 @@ class ApiTeacher:
             config.logprobs,
             config.thinking_tokens,
             self.backend.template,
+            self.capabilities.vocabulary,
         )
 
     async def _settle(self, session: Session, queries: Sequence[Query]) -> Usage:
@@ -390,27 +432,10 @@ class ApiTeacher:
                 self._use(rung)
             settled = rung is not None
         known = settings_of(self.manner) if settled else settings_of(self.manner) | {"rung": None}
-        self._store.put_teacher(self.fingerprint, self.backend.record() | known)
+        offered = {"score": self.capabilities.score, "topk": self.capabilities.topk}
+        self._store.put_teacher(self.fingerprint, self.backend.record() | known | offered)
         self._checked = settled
         return used
-
-
-async def _drain(session: Session, step: _Step) -> None:
-    """Let the calls under way end: what they bring is paid for. They store it themselves."""
-    step.over = True
-    if isinstance(session, Quits):
-        session.quit()
-    if step.under_way:
-        ending = asyncio.create_task(asyncio.wait(set(step.under_way), timeout=DRAIN_S))
-        while not ending.done():
-            with suppress(
-                asyncio.CancelledError
-            ):  # the gather has ended anyhow; another teacher's may just have failed
-                await asyncio.shield(ending)
-        _, late = ending.result()
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
 
 
 def usage_of(booking: Booking) -> Usage:
@@ -426,7 +451,7 @@ def usage_of(booking: Booking) -> Usage:
     )
 
 
-def _bytes(ask: Ask) -> int:
+def _bytes(ask: Ask | ScoreAsk) -> int:
     return size(message.content for message in ask.messages)
 
 

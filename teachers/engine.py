@@ -2,7 +2,8 @@
 
 What has gathered while the last batch ran is the next batch; one batch at a time runs in the engine's own thread.
 
-    messages ── request() ──▶ Worker.draw ── queue ──▶ draw_batch (the subclass) ──▶ text(), tokens()
+    messages ── request() ──▶ Worker.draw  ── queue ──▶ draw_batch (the subclass) ──▶ text(), tokens()
+    ids ─────── given() ────▶ Worker.score ── queue ──▶ score_batch (the subclass)
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import OmniError, TeacherError
 from omniopd.sampling import Request
 from omniopd.types import Finish, Message, Token
+from teachers.scoring import Scores
 
 GATHER_SECONDS = 0.01  # how long an idle engine waits for company before it starts a batch
 BEFORE = 4  # prompt tokens that are decoded with a reply: some tokenizers drop the space that opens a text
@@ -43,14 +45,30 @@ class Drawn:
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Tokens whose `ids[start:]` are to be scored; `top` and `whole` as in `scoring.Scoring`."""
+
+    ids: tuple[int, ...]
+    start: int
+    top: int = 0
+    whole: bool = False
+
+
 class TooLong(ValueError):
-    """The prompt leaves no room for an answer in the model's context."""
+    """The tokens don't fit into the model's context, or leave no room for an answer."""
 
 
 class Engine(ABC):
-    """A model with its tokenizer. A subclass says how a batch is drawn."""
+    """A model with its tokenizer. A subclass says how a batch is drawn, and how one is scored if it can do that.
 
-    most_rows: ClassVar[int] = 1024  # draws in one batch
+    Attributes:
+        most_rows: draws and scored rows in one batch.
+        written: tokens that are written behind given ones when these are scored.
+    """
+
+    most_rows: ClassVar[int] = 1024
+    written: ClassVar[int] = 0
 
     def __init__(self, chat: ChatTemplate, context: int) -> None:
         """`context` is how many tokens prompt and answer may have together."""
@@ -63,6 +81,10 @@ class Engine(ABC):
     @abstractmethod
     def draw_batch(self, requests: Sequence[Request]) -> list[list[Drawn]]:
         """The draws of each request, in order. Called in the engine's own thread, never twice at a time."""
+
+    def score_batch(self, rows: Sequence[Given]) -> list[Scores]:
+        """The scores of each row, in order; called as `draw_batch`."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let the thread end, after the batch that it may be drawing."""
@@ -96,6 +118,16 @@ class Engine(ABC):
         limit = min(max_tokens, self.context - len(ids))
         return Request(ids, seed, limit, draws, temperature, top_p, top)
 
+    def given(self, ids: Sequence[int], start: int, top: int, whole: bool) -> Given:
+        """Tokens as a row to score.
+
+        Raises:
+            TooLong: the context has no room for them.
+        """
+        if len(ids) + self.written > self.context:
+            raise TooLong(f"{len(ids)} tokens to score exceed the context of {self.context}")
+        return Given(tuple(ids), start, top, whole)
+
     @asynccontextmanager
     async def worker(self) -> AsyncIterator[Worker]:
         """The engine at work for the running event loop."""
@@ -107,9 +139,19 @@ class Engine(ABC):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def run_batch(self, requests: Sequence[Request]) -> list[list[Drawn]]:
-        """`draw_batch` in the engine's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.draw_batch, requests)
+    async def run_batch(self, asked: Sequence[Request | Given]) -> list[Any]:
+        """`draw_batch` and `score_batch` in the engine's thread; what came of each, in order."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._batch, asked)
+
+    def _batch(self, asked: Sequence[Request | Given]) -> list[Any]:
+        requests = {place: one for place, one in enumerate(asked) if isinstance(one, Request)}
+        rows = {place: one for place, one in enumerate(asked) if isinstance(one, Given)}
+        found: dict[int, Any] = {}
+        if requests:
+            found |= zip(requests, self.draw_batch(list(requests.values())), strict=True)
+        if rows:
+            found |= zip(rows, self.score_batch(list(rows.values())), strict=True)
+        return [found[place] for place in range(len(asked))]
 
     def text(self, request: Request, drawn: Drawn) -> str:
         """The drawn text as it reads after the prompt, without its end token, and without a character that was cut."""
@@ -149,7 +191,7 @@ class Worker:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._queue: asyncio.Queue[tuple[Request, asyncio.Future[list[Drawn]]]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Request | Given, asyncio.Future[Any]]] = asyncio.Queue()
 
     async def draw(self, request: Request) -> list[Drawn]:
         """The draws of one request, which shares its batch with others.
@@ -157,18 +199,31 @@ class Worker:
         Raises:
             TeacherError: drawing the batch failed.
         """
-        answer: asyncio.Future[list[Drawn]] = asyncio.get_running_loop().create_future()
-        await self._queue.put((request, answer))
+        drawn: list[Drawn] = await self._ask(request)
+        return drawn
+
+    async def score(self, row: Given) -> Scores:
+        """The scores of one row, which shares its batch with others.
+
+        Raises:
+            TeacherError: scoring the batch failed.
+        """
+        scores: Scores = await self._ask(row)
+        return scores
+
+    async def _ask(self, asked: Request | Given) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        await self._queue.put((asked, answer))
         return await answer
 
     async def run(self) -> None:
         """Serve the queue until cancelled."""
-        batch: list[tuple[Request, asyncio.Future[list[Drawn]]]] = []
+        batch: list[tuple[Request | Given, asyncio.Future[Any]]] = []
         try:
             while True:
                 batch = [await self._queue.get()]
-                await asyncio.sleep(GATHER_SECONDS)
-                while not self._queue.empty() and sum(r.draws for r, _ in batch) < self._engine.most_rows:
+                await self._company()
+                while not self._queue.empty() and sum(_rows(one) for one, _ in batch) < self._engine.most_rows:
                     batch.append(self._queue.get_nowait())
                 await self._answer(batch)
         finally:  # nobody waits for a worker that is gone
@@ -177,19 +232,31 @@ class Worker:
             for _, answer in batch:
                 answer.cancel()
 
-    async def _answer(self, batch: Sequence[tuple[Request, asyncio.Future[list[Drawn]]]]) -> None:
+    async def _company(self) -> None:
+        """Wait until nothing more comes: what a gather asks at once is one batch, however long it takes to ask, so that
+        the same gather has the same batches, and with them the same rounding, when a run repeats it."""
+        before = -1
+        while before < self._queue.qsize() < self._engine.most_rows:
+            before = self._queue.qsize()
+            await asyncio.sleep(GATHER_SECONDS)
+
+    async def _answer(self, batch: Sequence[tuple[Request | Given, asyncio.Future[Any]]]) -> None:
         try:
-            drawn = await self._engine.run_batch([request for request, _ in batch])
-            found = list(zip(batch, drawn, strict=True))
+            found = await self._engine.run_batch([asked for asked, _ in batch])
         except Exception as error:  # one bad batch must not end the worker
-            said = str(error) if isinstance(error, OmniError) else f"the model failed to draw: {first_line(error)}"
+            doing = "draw" if isinstance(batch[0][0], Request) else "score"
+            said = str(error) if isinstance(error, OmniError) else f"the model failed to {doing}: {first_line(error)}"
             for _, answer in batch:
                 if not answer.done():
                     answer.set_exception(TeacherError(said))
             return
-        for (_, answer), draws in found:
+        for (_, answer), one in zip(batch, found, strict=True):
             if not answer.done():  # who asked may be gone
-                answer.set_result(draws)
+                answer.set_result(one)
+
+
+def _rows(asked: Request | Given) -> int:
+    return asked.draws if isinstance(asked, Request) else 1
 
 
 def _visible(drawn: Drawn) -> tuple[int, ...]:

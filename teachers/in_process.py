@@ -6,8 +6,9 @@ A subclass of `InProcessBackend` says how its engine is loaded; see `transformer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,12 +16,15 @@ from pydantic import Field
 from transformers.utils import cached_file
 
 from omniopd.chat import ChatTemplate
+from omniopd.errors import TeacherError
 from omniopd.ledger import Price
 from omniopd.types import Capabilities, Usage
 from teachers.asks import Ask, Choice, digest
+from teachers.backend import offers_of
 from teachers.client import ApiTeacher
 from teachers.engine import Drawn, Engine, TooLong, Worker
 from teachers.ladder import Rung
+from teachers.scoring import Scores
 from teachers.wire import Completion, Outcome, RefusedRequest, TeacherConfig
 
 HEAD = 1 << 20  # bytes of a weight file that are read whole: a safetensors file opens with names and shapes
@@ -71,18 +75,36 @@ class InProcessBackend:
             ConfigError: it does not load.
         """
         self.config = config
-        self.chat = ChatTemplate.load(config.path, "teacher.path")
+        self.chat = _chat_of(config)
         if config.thinking == "off":
             tokenizer = self.chat.tokenizer
             tokenizer.chat_template = _NO_THINKING + tokenizer.get_chat_template()
             self.chat = ChatTemplate(tokenizer)
         self.template = self.chat.digest
         self.rungs: tuple[Rung, ...] = ("raw",)
-        self.offers = Capabilities(gen_logprobs=config.logprobs)
         self.place = config.path
         self.engine = self.load(self.chat)
         self._weights = None if config.fingerprint else weights_digest(config.path)
         self.fingerprint = f"{config.type}/{config.fingerprint or config.path}#{digest(self.record())[:16]}"
+
+    @classmethod
+    def promises(cls, config: InProcessConfig) -> Capabilities:
+        """What a back end of these settings will offer; no weights are loaded.
+
+        Raises:
+            ConfigError: `teacher.path` has no tokenizer that loads.
+        """
+        return cls.capabilities(config, _chat_of(config))
+
+    @classmethod
+    def capabilities(cls, config: InProcessConfig, chat: ChatTemplate) -> Capabilities:
+        """What these settings offer with this tokenizer."""
+        return offers_of(chat, config, "raw", None)
+
+    @property
+    def offers(self) -> Capabilities:
+        """What it can give beside text."""
+        return self.capabilities(self.config, self.chat)
 
     def load(self, chat: ChatTemplate) -> Engine:
         """The engine that the config describes.
@@ -161,6 +183,23 @@ class EngineSession:
         written = sum(len(one.ids) for one in drawn)
         usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=written)
         return Outcome(1, Completion(tuple(map(choice, drawn)), backend.place, usage))
+
+    async def score(self, ids: Sequence[int], start: int, top: int, whole: bool) -> Outcome[Scores]:
+        """See `scoring.Scoring`."""
+        backend, offered = self._backend, self._backend.offers
+        if not (offered.logits if whole else offered.score):
+            what = "whole distributions of" if whole else "log-probs of"
+            raise TeacherError(f"teacher.type: {backend.config.type} has no {what} given text; choose another type")
+        try:
+            row = backend.engine.given(ids, start, top, whole)
+        except TooLong as error:
+            return Outcome(0, None, "context_overflow", f"{backend.place}: {error}")
+        scores = await self._worker.score(row)
+        return Outcome(1, replace(scores, model=backend.place))
+
+
+def _chat_of(config: InProcessConfig) -> ChatTemplate:
+    return ChatTemplate.load(config.path, "teacher.path")
 
 
 def weights_digest(path: str) -> str:

@@ -14,14 +14,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from omniopd.registry import TEACHERS
-from omniopd.types import Token, Usage
+from omniopd.types import Token
 from teachers.asks import Ask, Choice
 from teachers.backend import HttpBackend, estimate_tokens
 from teachers.client import ApiTeacher
-from teachers.formats import count, not_stated, word
+from teachers.formats import not_stated, read_usage, word
 from teachers.ladder import Rung
 from teachers.openai_errors import verdict
 from teachers.presets import PRESETS, PrefillStyle
+from teachers.scoring import ECHO_TOP, EchoScorer, Scorer
 from teachers.wire import Call, Completion, HttpConfig, Malformed, Verdict
 
 _STATED = {"model", "messages", "prompt", "temperature", "top_p", "n", "seed", "max_tokens", "max_completion_tokens"}
@@ -83,6 +84,17 @@ class OpenAIBackend(HttpBackend):
         raw: tuple[Rung, ...] = ("raw",) if PRESETS[self.config.preset].completions else ()
         prefill: tuple[Rung, ...] = ("prefill",) if self.config.prefill_style != "none" else ()
         return (*raw, *prefill, "instruct")
+
+    @classmethod
+    def most_top(cls, config: HttpConfig) -> int | None:
+        """Presets with a completion route may echo; whether they do, the probe says."""
+        assert isinstance(config, OpenAIConfig)
+        return ECHO_TOP if PRESETS[config.preset].completions else None
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """See `HttpBackend`; text that is echoed is named by ids only with the tokenizer at hand."""
+        return EchoScorer(self.config, self.chat) if self.chat and "raw" in self.rungs else None
 
     @property
     def repeats_prefix(self) -> bool:
@@ -155,21 +167,6 @@ class OpenAITeacher(ApiTeacher):
 
     Config = OpenAIConfig
     Backend = OpenAIBackend
-
-
-def read_usage(usage: Any) -> Usage | None:
-    """The token counts of OpenAI's `usage`, in which `prompt_tokens` includes what the cache served; None if absent."""
-    if not isinstance(usage, dict) or not isinstance(usage.get("prompt_tokens"), int):
-        return None
-    return Usage(
-        prompt_tokens=count(usage, "prompt_tokens"),
-        completion_tokens=count(usage, "completion_tokens"),
-        # DeepSeek counts the cache beside the details.
-        cache_read_tokens=count(usage.get("prompt_tokens_details"), "cached_tokens")
-        or count(usage, "prompt_cache_hit_tokens"),
-        cache_write_tokens=count(usage.get("prompt_tokens_details"), "cache_write_tokens"),
-        reasoning_tokens=count(usage.get("completion_tokens_details"), "reasoning_tokens"),
-    )
 
 
 def _choice(choice: Any, thought: bool, ask: Ask, said_again: bool) -> Choice:

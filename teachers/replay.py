@@ -1,7 +1,7 @@
 """A teacher that answers from a recorded store and never from a network: `type: replay`, `path: FILE`.
 
-The same queries bring the same replies and the same holes, with their reasons, as in the run that recorded the store;
-only the usage differs, since nothing is called or paid.
+The same queries bring the same replies, scores and holes, with their reasons, as in the run that recorded the store; only the
+usage differs, since nothing is called or paid. Whole distributions are not recorded, so that none can be replayed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from omniopd.ledger import Ledger
 from omniopd.registry import TEACHERS
 from omniopd.settings import Settings
 from omniopd.store import Draw, Store
-from omniopd.types import Capabilities, Evidence, Query, Usage
+from omniopd.types import Capabilities, Evidence, Query, ScoreQuery, Usage
 from teachers import ladder
 from teachers.asks import Manner, describe, evidence
+from teachers.given import token_scores
 
 
 class ReplayConfig(Settings):
@@ -47,7 +48,24 @@ class ReplayTeacher:
         except BaseException:
             self._recording.close()
             raise
-        self.capabilities = Capabilities(continuation=self._manner.rung)
+        recorded = self._recording.teachers()[self.fingerprint]  # older recordings say nothing of scores, and hold none
+        self.capabilities = Capabilities(
+            continuation=self._manner.rung,
+            score=recorded.get("score", False),
+            topk=recorded.get("topk", 0),
+            vocabulary=self._manner.vocabulary,
+        )
+
+    @classmethod
+    def promises(cls, config: ReplayConfig) -> Capabilities:
+        """What the recorded teacher offered.
+
+        Raises:
+            StoreError, ConfigError: as when the teacher is made.
+        """
+        teacher = cls(config)
+        teacher._recording.close()
+        return teacher.capabilities
 
     async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
         """The recorded evidence for each query, in order.
@@ -67,7 +85,20 @@ class ReplayTeacher:
         self._recording.close()
 
     def _answer(self, query: Query) -> Evidence:
+        if isinstance(query, ScoreQuery):
+            return self._scores(query)
         keys = self._manner.ask(query).keys(query.n)
+        return evidence(query, self._outcomes(query, keys), Usage(cached_calls=1))
+
+    def _scores(self, query: ScoreQuery) -> Evidence:
+        if query.whole:
+            raise StoreError(
+                f"{self._recording.path}: whole distributions are never recorded; train with the live teacher"
+            )
+        kept = self._outcomes(query, self._manner.ask(query).keys())[0]
+        return token_scores(query, kept, Usage(cached_calls=1), None)
+
+    def _outcomes(self, query: Query, keys: Sequence[str]) -> dict[int, Draw | str]:
         draws = self._recording.get_many(keys)
         holes = self._recording.get_holes(key for key in keys if key not in draws)
         outcomes: dict[int, Draw | str] = {}
@@ -79,7 +110,7 @@ class ReplayTeacher:
                     "replay with the recorded run's student, seed and settings, or record anew with the live teacher"
                 )
             outcomes[index] = outcome
-        return evidence(query, outcomes, Usage(cached_calls=1))
+        return outcomes
 
     def _recorded(self, config: ReplayConfig) -> tuple[str, Manner]:
         teachers = self._recording.teachers()
@@ -103,6 +134,7 @@ class ReplayTeacher:
                 settings["logprobs"],
                 settings["thinking_tokens"],
                 settings["chat_template"],
+                settings.get("vocabulary", ""),
             )
             template = settings["template"]
         except KeyError as error:

@@ -104,16 +104,12 @@ class RoutedTeacher:
     @property
     def capabilities(self) -> Capabilities:
         """What every one of them offers."""
-        each = [part.capabilities for part in self._parts.values()]
-        return Capabilities(
-            answer=all(one.answer for one in each),
-            continuation=max((one.continuation for one in each), key=_WORST_LAST.index),
-            score=all(one.score for one in each),
-            topk=min(one.topk for one in each),
-            logits=all(one.logits for one in each),
-            hidden=all(one.hidden for one in each),
-            gen_logprobs=min(one.gen_logprobs for one in each),
-        )
+        return _common([part.capabilities for part in self._parts.values()])
+
+    @classmethod
+    def promises(cls, config: RoutedConfig) -> Capabilities:
+        """What every one of them will offer, before they are made; see `ApiTeacher.promises`."""
+        return _common([TEACHERS.get(part.type).promises(part) for part in config.teachers.values()])
 
     @property
     def parts(self) -> dict[str, tuple[Any, Teacher]]:
@@ -160,3 +156,17 @@ class RoutedTeacher:
         async with AsyncExitStack() as stack:
             for part in self._parts.values():
                 stack.push_async_callback(part.close)
+
+
+def _common(each: Sequence[Capabilities]) -> Capabilities:
+    vocabularies = {one.vocabulary for one in each}
+    return Capabilities(
+        answer=all(one.answer for one in each),
+        continuation=max((one.continuation for one in each), key=_WORST_LAST.index),
+        score=all(one.score for one in each),
+        topk=min(one.topk for one in each),
+        logits=all(one.logits for one in each),
+        hidden=all(one.hidden for one in each),
+        gen_logprobs=min(one.gen_logprobs for one in each),
+        vocabulary=vocabularies.pop() if len(vocabularies) == 1 else "",
+    )

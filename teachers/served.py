@@ -21,6 +21,7 @@ from teachers.errors import OPEN_TURN, Refusal
 from teachers.formats import not_stated
 from teachers.ladder import Rung
 from teachers.openai import OpenAIBackend
+from teachers.scoring import Scorer
 from teachers.wire import Call, HttpConfig, Verdict
 
 STATED = frozenset(
@@ -72,6 +73,16 @@ class ServedBackend(OpenAIBackend):
     sampling: ClassVar[Mapping[str, Any]] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
     opened: ClassVar[Mapping[str, Any]] = {}
     no_thinking: ClassVar[Mapping[str, Any]] = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+
+    @classmethod
+    def most_top(cls, config: HttpConfig) -> int | None:
+        """None: a server whose way to score given tokens is known has it in its own class."""
+        return None
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """See `most_top`."""
+        return None
 
     @property
     def root(self) -> str:

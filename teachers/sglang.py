@@ -8,15 +8,19 @@ in one call, each with a seed of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from omniopd.registry import TEACHERS
 from omniopd.types import Token, Usage
 from teachers.asks import Ask, Choice
 from teachers.client import ApiTeacher
+from teachers.formats import word
 from teachers.scoring import Scores, checked, reading
 from teachers.served import STATED, ServedBackend, ServedConfig
-from teachers.wire import Call, Completion, Malformed
+from teachers.wire import Call, Completion, HttpConfig, Malformed
+
+TOP = 1000  # the server sets no bound; replies grow with it
 
 
 class SglangConfig(ServedConfig):
@@ -42,6 +46,11 @@ class SglangBackend(ServedBackend):
 
     # Alone: with `add_generation_prompt: false`, which vLLM wants, some versions leave the assistant's header out.
     opened: ClassVar[Mapping[str, Any]] = {"continue_final_message": True}
+
+    @classmethod
+    def most_top(cls, config: HttpConfig) -> int | None:
+        """See `HttpBackend`."""
+        return TOP
 
     def raw_call(self, ask: Ask, n: int, seed: int | None) -> Call:
         """A batch of n equal prompts."""
@@ -95,7 +104,8 @@ class SglangBackend(ServedBackend):
                 raise Malformed(f"scores of other tokens than the {len(ids)} that were sent")
             places = meta["input_top_logprobs"] if k else [None] * len(ids)
             top = [{entry[1]: float(entry[0]) for entry in place or ()} for place in places]
-            return checked(ids, [entry[0] for entry in own], top, k)
+            scores = checked(ids, [entry[0] for entry in own], top, k)
+            return replace(scores, usage=_usage([meta]) or Usage(prompt_tokens=len(ids)), request_id=word(meta, "id"))
 
 
 @TEACHERS.register("sglang")

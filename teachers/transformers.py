@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,10 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import ConfigError, OmniError, TeacherError
+from omniopd.model import logits_of
 from omniopd.registry import TEACHERS
 from omniopd.sampling import Request, end_ids, sample
-from teachers.engine import Drawn, Engine
+from omniopd.types import Capabilities
+from teachers.backend import offers_of
+from teachers.engine import Drawn, Engine, Given
+from teachers.forward import score
 from teachers.in_process import InProcessBackend, InProcessConfig, InProcessTeacher
+from teachers.scoring import Scores
 
 BATCH_TOKENS = 65_536
 
@@ -37,7 +44,8 @@ class TransformersEngine(Engine):
     def __init__(self, model: PreTrainedModel, chat: ChatTemplate, batch_tokens: int = BATCH_TOKENS) -> None:
         """Draw from a model; batches are cut where draws times padded length would pass `batch_tokens`."""
         super().__init__(chat, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
-        self.model, self.batch_tokens = model.eval(), batch_tokens
+        self.model, self.batch_tokens = model.eval().requires_grad_(False), batch_tokens
+        self.logits = logits_of(model)  # None: of an unusual build, so that it draws but does not score
         self.end_ids = end_ids(model, chat.tokenizer)
 
     @classmethod
@@ -83,19 +91,47 @@ class TransformersEngine(Engine):
         Raises:
             TeacherError: a batch does not fit into the device's memory.
         """
-        try:
+        with self._in_memory():
             drawn = sample(self.model, requests, self.end_ids, batch_tokens=self.batch_tokens)
+        return [[Drawn(draw.ids, draw.finish, draw.logprobs, draw.top) for draw in draws] for draws in drawn]
+
+    def score_batch(self, rows: Sequence[Given]) -> list[Scores]:
+        """See `Engine`.
+
+        Raises:
+            TeacherError: a batch does not fit into the device's memory.
+        """
+        assert self.logits is not None, "offered only where it is there"
+        with self._in_memory():
+            return score(self.model, self.logits, rows, batch_tokens=self.batch_tokens)
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"teacher.batch_tokens: {self.batch_tokens} do not fit into memory; lower it ({first_line(error)})"
             ) from None
-        return [[Drawn(draw.ids, draw.finish, draw.logprobs, draw.top) for draw in draws] for draws in drawn]
 
 
 class TransformersBackend(InProcessBackend):
     """Weights of the library `transformers` as a back end."""
 
     config: TransformersConfig
+    engine: TransformersEngine
+
+    @classmethod
+    def capabilities(cls, config: InProcessConfig, chat: ChatTemplate) -> Capabilities:
+        """See `InProcessBackend`."""
+        offered = offers_of(chat, config, "raw", chat.vocabulary.size)
+        return replace(offered, logits=offered.score)
+
+    @property
+    def offers(self) -> Capabilities:
+        """Less than is promised where the model is of a build that its logits can't be had of."""
+        offered = super().offers
+        return offered if self.engine.logits else replace(offered, score=False, topk=0, logits=False)
 
     def load(self, chat: ChatTemplate) -> TransformersEngine:
         """See `InProcessBackend`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,10 +18,13 @@ from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import ConfigError
 from omniopd.registry import TEACHERS
 from omniopd.sampling import Request
-from teachers.engine import Drawn, Engine
+from omniopd.types import Capabilities, Usage
+from teachers.backend import offers_of
+from teachers.engine import Drawn, Engine, Given
 from teachers.in_process import InProcessBackend, InProcessConfig, InProcessTeacher
+from teachers.scoring import Scores, likeliest
 
-MOST_LOGPROBS = 100  # the most that `teacher.logprobs` may ask for
+MOST_LOGPROBS = 100  # the most that `teacher.logprobs` and the likeliest tokens of given text may ask for
 GREEDY = 1e-5  # vLLM takes the likeliest token below this temperature, and then refuses n > 1
 
 
@@ -42,6 +46,7 @@ class VllmEngine(Engine):
     """vLLM's own scheduler behind the queue."""
 
     most_rows = 8192  # the scheduler cuts batches itself
+    written = 1
 
     def __init__(self, config: VllmLocalConfig, chat: ChatTemplate) -> None:
         """Load the model.
@@ -88,15 +93,25 @@ class VllmEngine(Engine):
             drawn.append(texts * request.draws if request.temperature < GREEDY else texts)
         return drawn
 
+    def score_batch(self, rows: Sequence[Given]) -> list[Scores]:
+        """See `Engine`."""
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(row.ids)} for row in rows],
+            [self._sampling(Request(row.ids, 0, self.written), row.top) for row in rows],
+            use_tqdm=False,
+        )
+        return [_scores(row, output.prompt_logprobs) for row, output in zip(rows, outputs, strict=True)]
+
     def close(self) -> None:
         """End vLLM's processes and free its memory."""
         super().close()
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _sampling(self, request: Request) -> Any:
+    def _sampling(self, request: Request, prompt_top: int | None = None) -> Any:
         """Every field that moves a distribution is stated: the model's own defaults count for none of them.
 
-        vLLM gives draw i of a request the seed `seed + i`.
+        vLLM gives draw i of a request the seed `seed + i`. `prompt_top` asks for the likeliest tokens at each place of the
+        prompt, too.
         """
         return self._params(
             n=1 if request.temperature < GREEDY else request.draws,
@@ -110,6 +125,7 @@ class VllmEngine(Engine):
             seed=request.seed,
             max_tokens=request.max_new_tokens,
             logprobs=request.top or None,
+            prompt_logprobs=prompt_top,
             detokenize=False,
         )
 
@@ -138,10 +154,23 @@ def _drawn(one: Any, top: int) -> Drawn:
     return Drawn(ids, one.finish_reason, logprobs, best)
 
 
+def _scores(row: Given, said: Sequence[Any]) -> Scores:
+    """What vLLM says of each place of a prompt: nothing of the first, of others the token itself and the `top` best by id."""
+    places = [{token: float(entry.logprob) for token, entry in (place or {}).items()} for place in said]
+    own = (place.get(token) for place, token in zip(places, row.ids, strict=True))
+    scores = Scores(tuple(own), tuple(likeliest(place, row.top) for place in places))
+    return replace(scores.since(row.start), usage=Usage(prompt_tokens=len(row.ids), completion_tokens=1))
+
+
 class VllmLocalBackend(InProcessBackend):
     """vLLM as a back end in this process."""
 
     config: VllmLocalConfig
+
+    @classmethod
+    def capabilities(cls, config: InProcessConfig, chat: ChatTemplate) -> Capabilities:
+        """See `InProcessBackend`."""
+        return offers_of(chat, config, "raw", MOST_LOGPROBS)
 
     def load(self, chat: ChatTemplate) -> VllmEngine:
         """See `InProcessBackend`."""

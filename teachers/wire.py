@@ -297,14 +297,17 @@ class Backend(Protocol):
         place: where it is (an address, a folder), for messages.
         rungs: the rungs of the ladder that its settings allow, best first; the last needs no proof.
         template: hash of the chat template that renders `raw` requests; "" where there is none.
-        offers: what it can give beside text.
     """
 
     fingerprint: str
     place: str
     rungs: tuple[Rung, ...]
     template: str
-    offers: Capabilities
+
+    @property
+    def offers(self) -> Capabilities:
+        """What it can give beside text."""
+        ...
 
     def session(self) -> AbstractAsyncContextManager[Session]:
         """Connections (or a worker) for one gather. They belong to the running event loop, so they don't outlive it."""

@@ -38,6 +38,9 @@ MAY_IMPORT = {
     "omniopd/losses/": SHARED | {"omniopd.objective", "omniopd.losses"},
     "omniopd/scores/": SHARED | {"omniopd.verification"},
     "omniopd/signals/": SHARED | {"omniopd.verification", "omniopd.signals"},
+    "omniopd/scored.py": SHARED
+    | {"omniopd.alignment", "omniopd.credit", "omniopd.method", "omniopd.objective", "omniopd.scored_records"},
+    "omniopd/scored_records.py": SHARED | {"omniopd.scored"},
     "omniopd/methods/": SHARED
     | {
         "omniopd.verification",
@@ -47,6 +50,7 @@ MAY_IMPORT = {
         "omniopd.objective",
         "omniopd.branches",
         "omniopd.scored",
+        "omniopd.mapped",
         "omniopd.alignment",
         "omniopd.credit",
         "omniopd.losses",

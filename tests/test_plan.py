@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from omniopd import pilot, plan
 from omniopd.config import load_config
+from omniopd.errors import ConfigError
 from omniopd.ledger import Price
 from omniopd.pilot import Counter, Pilot, pilot_queries, queries_of, row_of, run_digest
-from omniopd.plan import describe, forecast, known_of, sampled, teacher_eval
+from omniopd.plan import describe, forecast, known_of, memory_gb, sampled, teacher_eval
 from omniopd.probing import ahead
 from omniopd.run import Run, open_teacher
 from omniopd.store import Store
@@ -312,3 +314,52 @@ def test_what_a_probe_uses_at_most_holds_its_pilot_and_its_comparison(make: Make
     assert numbers[2][0] - numbers[1][0] == 3 * draws  # both rungs, and the better one again
     assert numbers[1][2] - numbers[0][2] == draws * (13 + ECHO_TOKENS)  # `auto` may end on instruct
     assert numbers[1][3] == pytest.approx(numbers[1][2] / 1000)
+
+
+# ---------------------------------------------------------------------- memory and signal
+
+
+OTHER = str(Path(STUDENT).parent / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "width"),
+    [
+        (f"{{type: transformers, path: {OTHER}, dtype: float32}}", 4),
+        (f"{{type: transformers, path: {OTHER}, dtype: bfloat16}}", 2),
+        (
+            f"{{type: routed, weights: {{a: 1}}, teachers: {{a: {{type: transformers, path: {OTHER}, dtype: float32}}, "
+            f"b: {{type: transformers, path: {OTHER}, dtype: float32}}}}}}",
+            8,
+        ),
+        ("{type: openai, model: m}", 0),
+    ],
+)
+def test_the_weights_of_a_teacher_in_this_process_take_memory(make: Make, teacher: str, width: int) -> None:
+    numbers = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(OTHER).parameters())
+    assert memory_gb(make(f"teacher={teacher}"))["teacher weights"] == pytest.approx(width * numbers / 1e9)
+
+
+def test_a_teacher_that_does_not_load_is_known_before_the_run(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"^teacher\.path: 'nowhere' is no causal language model"):
+        describe(make("teacher={type: transformers, path: nowhere}"))
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (SEQKD, "the teacher's own answers"),
+        ("method.chunks=3", "continuations of the student's text: continuation_likelihood (score token_agreement)"),
+        ("method={name: opd}", "scores of given text, token by token"),
+        ("method={name: opd, form: dense}", "whole distributions, token by token"),
+        ("method={name: opd, form: dense, support: teacher}", "likeliest tokens of given text, token by token"),
+        ("method={name: dpca}", "scores of given text, aligned by bytes"),
+        ("method={name: bpm}", "whole distributions, aligned by bytes"),
+    ],
+)
+def test_a_method_says_what_it_learns_from(make: Make, method: str, words: str) -> None:
+    assert row(make(method), "signal") == words
+
+
+def test_scores_are_a_call_for_each_response(make: Make) -> None:
+    assert row(make("method={name: opd}"), "teacher calls") == "40"  # 10 steps of 4 responses

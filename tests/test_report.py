@@ -101,7 +101,7 @@ def test_key_numbers_and_verdict(tmp_path: Path) -> None:
         "Loss",
         "KL to the reference",
         "Coverage",
-        "Dropped chunks",
+        "Dropped",
         "Teacher tokens",
         "Cost",
         "Time",

@@ -1,4 +1,4 @@
-"""Build the demo models from a seed: `python examples/demo/build.py [student|teacher|sibling] ...` (minutes on two cores).
+"""Build the demo models from a seed: `python examples/demo/build.py [student|teacher|...]` (some minutes each on two cores).
 
 The **student** is a small Llama with a byte-level BPE tokenizer that answers tersely and is right about half of the
 time: its training is stopped early. The **teacher** is a Qwen3 with a SentencePiece-style BPE tokenizer (metaspace,
@@ -7,7 +7,8 @@ by a system message to be brief it always answers tersely: that is the demo's "t
 style". The two differ in architecture, tokenizer family, chat template and manner, as a closed teacher would.
 
 The **sibling** is the teacher's recipe with the student's tokenizer and chat template: a teacher of the same tokenizer
-family, to compare what crossing tokenizers costs.
+family, to compare what crossing tokenizers costs. The **cousin** is the recipe with a tokenizer that, unlike the
+student's, writes a number as one token where it can: there the two texts are cut differently at nearly every word.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Recipe:
 STUDENT = Recipe("student", steps=1000, decay=False)
 TEACHER = Recipe("teacher", steps=3000, decay=True)
 SIBLING = Recipe("sibling", steps=3000, decay=True)
+COUSIN = Recipe("cousin", steps=3000, decay=True)
 
 _STUDENT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -99,17 +101,17 @@ def student_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def teacher_tokenizer() -> PreTrainedTokenizerFast:
+def teacher_tokenizer(*, single_digits: bool = True, vocab_size: int = 640) -> PreTrainedTokenizerFast:
     """SentencePiece-style BPE: spaces are written as a metaspace, unknown characters fall back to bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Digits(individual_digits=True)]
+        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Digits(individual_digits=single_digits)]
     )
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>", "[SYS]", "[INST]", "[/INST]"]
     trainer = trainers.BpeTrainer(
-        vocab_size=640,
+        vocab_size=vocab_size,
         special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
         initial_alphabet=[chr(code) for code in range(33, 127)],
         show_progress=False,
@@ -241,8 +243,11 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
 def build(name: str, recipe: Recipe | None = None, target: Path | None = None) -> None:
     """Make one model from the seed and write it as safetensors."""
     torch.manual_seed(SEED)
-    recipe = recipe or {"student": STUDENT, "teacher": TEACHER, "sibling": SIBLING}[name]
-    tokenizer = teacher_tokenizer() if name == "teacher" else student_tokenizer()
+    recipe = recipe or {"student": STUDENT, "teacher": TEACHER, "sibling": SIBLING, "cousin": COUSIN}[name]
+    if name == "cousin":
+        tokenizer = teacher_tokenizer(single_digits=False, vocab_size=1024)
+    else:
+        tokenizer = teacher_tokenizer() if name == "teacher" else student_tokenizer()
     model = student_model(tokenizer) if name == "student" else teacher_model(tokenizer)
     messages = student_messages if name == "student" else teacher_messages
     print(f"{name}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
@@ -254,5 +259,5 @@ def build(name: str, recipe: Recipe | None = None, target: Path | None = None) -
 
 
 if __name__ == "__main__":
-    for which in sys.argv[1:] or ["student", "teacher", "sibling"]:
+    for which in sys.argv[1:] or ["student", "teacher", "sibling", "cousin"]:
         build(which)

@@ -3,9 +3,9 @@
     python examples/measure/white_box.py [--steps 60] [--seeds 3] [--workers 2] [--only NAME ...]
 
 Every run has the same student, prompts, order, rate and rollout seeds; only the `teacher:` and `method:` blocks change. The
-sibling is the demo teacher's recipe with the student's own tokenizer. Each run is `omniopd train` in a process of its own
-with one thread; finished ones are kept in runs/white_box, so the command can be stopped and called again. Writes
-docs/results/white_box.json, the picture beside it, and the table of the page.
+sibling is the demo teacher's recipe with the student's own tokenizer, the cousin the recipe with numbers as single tokens.
+Each run is `omniopd train` in a process of its own with one thread; finished ones are kept in runs/white_box, so the command
+can be stopped and called again. Writes docs/results/white_box.json and prints the page's table.
 """
 
 from __future__ import annotations
@@ -17,131 +17,158 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, DOCS = ROOT / "runs" / "white_box", ROOT / "docs" / "results"
-SIBLING = {"type": "transformers", "path": "examples/demo/sibling"}
-OTHER = {"type": "transformers", "path": "examples/demo/teacher"}
+STUDENT = "examples/demo/student"
 TEXT = {"name": "omniopd", "chunks": 3, "chunk_tokens": 6, "continuations": 6}
+ACROSS = ("dpca", "alm", "bpm", "gold", "uld")
 
-# name: (which tokenizer the teacher has, teacher, method)
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "OPD, sampled": ("the student's", SIBLING, {"name": "opd"}),
-    "OPD, dense": ("the student's", SIBLING, {"name": "opd", "form": "dense"}),
-    "DPCA": ("its own", OTHER, {"name": "dpca"}),
-    "ALM": ("its own", OTHER, {"name": "alm"}),
-    "BPM": ("its own", OTHER, {"name": "bpm"}),
-    "GOLD": ("its own", OTHER, {"name": "gold"}),
-    "ULD": ("its own", OTHER, {"name": "uld"}),
-    "text only": ("its own", OTHER, TEXT),
+# Each teacher of examples/demo with the methods that are tried on it, named as in the table.
+TEACHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "sibling": {"OPD, sampled": {"name": "opd"}, "OPD, dense": {"name": "opd", "form": "dense"}},
+    "cousin": {name.upper(): {"name": name} for name in ACROSS} | {"text only": TEXT},
+    "teacher": {name.upper(): {"name": name} for name in ACROSS},
 }
+SAME = "sibling"  # the one with the student's tokenizer
 
 
-def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
-    """Every run, first seeds first, so that an early stop still leaves a whole table."""
-    for seed in range(arguments.seeds):
-        for name in VARIANTS:
-            if not arguments.only or any(part in name for part in arguments.only):
-                for rate in arguments.rates:
-                    yield name, rate, seed
+@dataclass(frozen=True, order=True)
+class Job:
+    """One run: a method of `TEACHERS`, a rate, a seed."""
 
+    seed: int
+    teacher: str
+    method: str
+    rate: float
+    steps: int
 
-def folder(name: str, rate: float, seed: int, steps: int) -> Path:
-    """Where a run is kept."""
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    return RUNS / f"{slug}-{rate:g}-{steps}-{seed}"
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        slug = "".join(c if c.isalnum() else "-" for c in self.method.lower())
+        return RUNS / f"{self.teacher}-{slug}-{self.rate:g}-{self.steps}-{self.seed}"
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end."""
+        path = self.folder / "summary.json"
+        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
 
-def run(name: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-    """One run, unless it is there already; returns its row."""
-    output = folder(name, rate, seed, steps)
-    tokenizer, teacher, method = VARIANTS[name]
-    row = {"method": name, "teacher_tokenizer": tokenizer, "learning_rate": rate, "seed": seed}
-    if not finished(output):
-        shutil.rmtree(output, ignore_errors=True)  # an earlier call was stopped in the middle of it
-        settings = {
-            "student": {"path": "examples/demo/student", "max_new_tokens": 64},
-            "teacher": teacher,
+    @property
+    def place(self) -> tuple[int, int, float]:
+        """Where its row belongs in the table."""
+        return (
+            list(TEACHERS).index(self.teacher),
+            list(TEACHERS[self.teacher]).index(self.method),
+            self.rate,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration. Only the blocks `teacher:` and `method:` differ between two methods of one seed."""
+        return {
+            "student": {"path": STUDENT, "max_new_tokens": 64},
+            "teacher": {"type": "transformers", "path": f"examples/demo/{self.teacher}"},
             "task": {"type": "arithmetic"},
-            "method": method,
-            "train": {"steps": steps, "prompts_per_step": 32, "learning_rate": rate, "save_every": steps},
-            "eval": {"problems": 500, "every": 10, "every_problems": 200},
-            "output": str(output),
-            "seed": seed,
+            "method": TEACHERS[self.teacher][self.method],
+            "train": {
+                "steps": self.steps,
+                "prompts_per_step": 32,
+                "learning_rate": self.rate,
+                "save_every": self.steps,
+            },
+            "eval": {"problems": 500, "every": 15, "every_problems": 200},
+            "output": str(self.folder),
+            "seed": self.seed,
         }
-        config = output.with_suffix(".yaml")
-        config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+
+
+def jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Every run, first seeds first, so that an early stop still leaves a whole table."""
+    return [
+        Job(seed, teacher, method, rate, arguments.steps)
+        for seed in range(arguments.seeds)
+        for teacher in arguments.teachers
+        for method in TEACHERS[teacher]
+        for rate in arguments.rates
+        if not arguments.only or any(part in method for part in arguments.only)
+    ]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """One run, unless it is there already; returns its row, or why it stopped."""
+    row = {"teacher": job.teacher, "method": job.method, "learning_rate": job.rate, "seed": job.seed}
+    if not job.finished:
+        shutil.rmtree(job.folder, ignore_errors=True)  # an earlier call was stopped in the middle of it
+        config = job.folder.with_suffix(".yaml")
+        config.write_text(json.dumps(job.config()), encoding="utf-8")  # JSON is YAML
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "omniopd.cli", "train", str(config)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             return {**row, "stopped": done.stderr.strip().splitlines()[-1]}
-    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps_log = [line for line in log if line["step"]]
-    tokens, curve = 0, []
-    for line in steps_log:
-        tokens += line["teacher_prompt_tokens"] + line["teacher_completion_tokens"]
-        if "eval" in line:
-            curve.append({"step": line["step"], "teacher_tokens": tokens, "accuracy": line["eval"]["accuracy"]})
-    measured = summary["eval"]
-    curve = [
-        {"step": 0, "teacher_tokens": 0, "accuracy": measured["before"]["accuracy"]},
-        *curve,
-        {"step": summary["steps"], "teacher_tokens": tokens, "accuracy": measured["after"]["accuracy"]},
+    summary = json.loads((job.folder / "summary.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps, measured = [line for line in log if line["step"]], summary["eval"]
+    tokens = list(accumulate(line["teacher_prompt_tokens"] + line["teacher_completion_tokens"] for line in steps))
+    curve = [(0, 0, measured["before"]["accuracy"])]
+    curve += [
+        (line["step"], read, line["eval"]["accuracy"])
+        for line, read in zip(steps, tokens, strict=True)
+        if "eval" in line
     ]
+    curve.append((job.steps, tokens[-1], measured["after"]["accuracy"]))
     return {
         **row,
-        "steps": summary["steps"],
+        "steps": job.steps,
         "before": measured["before"]["accuracy"],
         "after": measured["after"]["accuracy"],
         "difference": measured["difference"],
         "coverage": summary["signal"]["coverage"],
-        "teacher_tokens": tokens,
-        "seconds": summary["wall_seconds"],
+        "one_to_one_share": mean_of("one_to_one_share", steps),
+        "teacher_tokens": tokens[-1],
         "seconds_a_step": statistics.median(
-            line["seconds_rollout"] + line["seconds_evidence"] + line["seconds_update"] for line in steps_log
+            line["seconds_rollout"] + line["seconds_evidence"] + line["seconds_update"] for line in steps
         ),
-        "curve": curve,
+        "curve": [{"step": step, "teacher_tokens": read, "accuracy": accuracy} for step, read, accuracy in curve],
     }
 
 
-def finished(output: Path) -> bool:
-    """Whether a folder holds a run that came to its end."""
-    path = output / "summary.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
+def mean_of(name: str, steps: Sequence[dict[str, Any]]) -> float | None:
+    """The mean of a number that some steps' rows have."""
+    values = [line[name] for line in steps if line.get(name) is not None]
+    return statistics.fmean(values) if values else None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: accuracy after each run, mean gain, and the gain's share of the best same-tokenizer one."""
-    done = sorted((row for row in rows if "after" in row), key=lambda r: (*place(r), r["seed"]))
-    groups = [(key, list(group)) for key, group in groupby(done, key=place)]
-    best = max((gain(group) for _, group in groups if group[0]["teacher_tokenizer"] != "its own"), default=0.0)
-    lines = [
-        "| method | teacher's tokenizer | rate | after, by seed (%) | gain | of the best OPD's gain | coverage | teacher tokens |",
-        "|---|---|---|---|---|---|---|---|",
+    """Markdown: accuracy after each run, mean gain, and its share of the best that a teacher of the same tokenizer gave."""
+    groups = [
+        list(group) for _, group in groupby(rows, key=lambda row: (row["teacher"], row["method"], row["learning_rate"]))
     ]
-    for _, group in groups:
+    best = max((gain(group) for group in groups if group[0]["teacher"] == SAME), default=0.0)
+    lines = [
+        "| teacher | method | rate | after, by seed (%) | gain | of OPD's | 1:1 | coverage | teacher tokens | s a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in groups:
         first = group[0]
         after = " ".join(f"{100 * row['after']:.1f}" for row in group)
-        tokens = statistics.fmean(row["teacher_tokens"] for row in group) / 1000
+        tokens, seconds, coverage = (
+            statistics.fmean(row[name] for row in group) for name in ("teacher_tokens", "seconds_a_step", "coverage")
+        )
+        single = "" if first["one_to_one_share"] is None else f"{first['one_to_one_share']:.0%}"
         share = f"{gain(group) / best:.0%}" if best > 0 else ""
-        coverage = statistics.fmean(row["coverage"] for row in group)
         lines.append(
-            f"| {first['method']} | {first['teacher_tokenizer']} | {first['learning_rate']:g} | {after} | {gain(group):+.1f} | "
-            f"{share} | {coverage:.0%} | {tokens:,.0f} k |"
+            f"| {first['teacher']} | {first['method']} | {first['learning_rate']:g} | {after} | {gain(group):+.1f} | {share} "
+            f"| {single} | {coverage:.0%} | {tokens / 1000:,.0f} k | {seconds:.2f} |"
         )
     return "\n".join(lines)
-
-
-def place(row: dict[str, Any]) -> tuple[int, float]:
-    """Where a row belongs in the table."""
-    return list(VARIANTS).index(row["method"]), row["learning_rate"]
 
 
 def gain(group: Sequence[dict[str, Any]]) -> float:
@@ -156,20 +183,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4])
-    parser.add_argument("--only", nargs="*", default=[], help="variants whose name contains one of these")
+    parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS), default=list(TEACHERS))
+    parser.add_argument("--only", nargs="*", default=[], help="methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=DOCS / "white_box.json")
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    found: dict[Job, dict[str, Any]] = {}
 
-    def work(job: tuple[str, float, int]) -> None:
-        row = run(*job, arguments.steps)
-        rows.append(row)
-        print(*job, row.get("stopped") or f"{row['before']:.1%} -> {row['after']:.1%}", flush=True)
+    def work(job: Job) -> None:
+        found[job] = row = run(job)
+        outcome = row.get("stopped") or f"{row['before']:.1%} -> {row['after']:.1%}"
+        print(f"{job.teacher} {job.method} {job.rate:g} seed {job.seed}: {outcome}", flush=True)
 
     with ThreadPoolExecutor(arguments.workers) as pool:
         list(pool.map(work, jobs(arguments)))
-    rows.sort(key=lambda row: (*place(row), row["seed"]))
+    rows = [found[job] for job in sorted(found, key=lambda job: (job.place, job.seed)) if "after" in found[job]]
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
 

@@ -109,6 +109,11 @@ class OmniOPD(Method):
             starts = select_starts(rollout.entropy[lead:], count, length)
         return [start + lead for start in starts]
 
+    def describe(self) -> str:
+        """The signals with their score."""
+        signals = " + ".join(signal.name for signal in self.config.signals)
+        return f"{super().describe()}: {signals} (score {self.config.score.name})"
+
     def cautions(self) -> list[str]:
         short = self.config.chunk_tokens < 40
         note = f"method.chunk_tokens={self.config.chunk_tokens}: a published run collapsed at 25; fine for short answers only"

@@ -71,7 +71,12 @@ def _hundred(share: Any) -> float | None:
 
 
 def _learning(rows: Rows) -> list[Chart]:
-    losses = {"loss": "loss", "value_loss": "on the student’s tokens", "branch_loss": "on the teacher’s tokens"}
+    losses = {
+        "loss": "loss",
+        "value_loss": "on the student’s tokens",
+        "branch_loss": "on the teacher’s tokens",
+        "divergence_loss": "divergence from the teacher",
+    }
     return [
         _over(rows, "Loss", "What the optimizer saw.", "nats", losses),
         _over(rows, "KL to the reference", "How far the student has moved.", "nats", {"kl": "KL"}, floor=0.0),
@@ -85,9 +90,16 @@ def _signal(rows: Rows) -> list[Chart]:
         _over(
             rows, "Agreement", "Scores of the teacher’s replies; the floor is what chance scores.", "score", agreement
         ),
+        _over(
+            rows,
+            "KL to the teacher",
+            "KL(student || teacher) per token, estimated from the student’s own text.",
+            "nats",
+            {"reverse_kl_k1": "k1", "reverse_kl_k3": "k3"},
+        ),
         _over(rows, "Coverage", "Response tokens on which the teacher spoke.", "%", shares, times=100, floor=0.0),
-        _stack(rows, "Dropped chunks", "Chunks that gave no signal, by reason.", "chunks a step", "drops"),
-        _stack(rows, "Rejected replies", "Replies that were not used, by reason.", "replies a step", "rejects"),
+        _stack(rows, "Dropped", "Chunks or whole responses that gave no signal, by reason.", "a step", "drops"),
+        _stack(rows, "Rejected", "Replies or tokens that were not used, by reason.", "a step", "rejects"),
         _over(
             rows,
             "Usable replies",

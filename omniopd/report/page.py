@@ -86,6 +86,7 @@ def _about(summary: Mapping[str, Any]) -> str:
         "Method": summary.get("method"),
         "Score": summary.get("score"),
         "Signals": ", ".join(map(str, signals)) if isinstance(signals, list) else signals,
+        "Signal": None if signals else mapping(summary.get("signal")).get("read"),
         "Teacher": mapping(summary.get("teacher")).get("name"),
         "Student": f"{student['path']}{size}" if student.get("path") else None,
         "Seed": summary.get("seed"),
@@ -164,8 +165,8 @@ def _charts(run: RunFolder, way: Sequence[tuple[int, Mapping[str, Any]]], teache
 def _reasons(run: RunFolder) -> str:
     tables = []
     for key, title, what in (
-        ("drops", "Dropped chunks", "chunks"),
-        ("rejects", "Rejected replies", "replies"),
+        ("drops", "Dropped chunks or responses", "chunks or responses"),
+        ("rejects", "Rejected replies or tokens", "replies or tokens"),
     ):
         counts = reasons(run.summary.get(key)) if key in run.summary else totals(run.metrics, key)
         tables.append(_table(title, what, counts))

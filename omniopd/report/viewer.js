@@ -10,6 +10,12 @@
   const BINS = 5;
   const CONTEXT = 80; // code points of the prefix that are shown before a chunk
   const LONG = 1500; // code points of a prompt's turn that are shown unfolded
+  const VALUE = 2; // nats: the ends of the colours where tokens have values of their own
+
+  /** Whether the teacher scored the student's own tokens, and wrote nothing. */
+  const scored = (chunk) => chunk.n_eff === null && !chunk.replies.length && chunk.tokens.length > 0;
+  const byToken = rollouts.some((rollout) => rollout.chunks.some(scored));
+  const { low, high } = byToken ? { low: -VALUE, high: VALUE } : data.scale;
 
   /** An element with a class, text or children, and attributes. */
   function make(tag, { className = "", text, children = [], ...attributes } = {}) {
@@ -30,9 +36,17 @@
 
   function bin(score) {
     if (score === null) return "";
-    const { low, high } = data.scale;
     const place = Math.floor(((score - low) / (high - low)) * BINS);
     return `s${Math.max(0, Math.min(BINS - 1, place))}`;
+  }
+
+  /** Scored tokens, each in the colour of its value: below 0 the update makes it less likely. */
+  function shaded(chunk) {
+    return chunk.tokens.map((token, index) => {
+      const value = chunk.values[index] ?? null;
+      const colour = value === null ? "unheard" : bin(value);
+      return make("span", { className: colour, text: token, title: show(value, 3) });
+    });
   }
 
   const points = (text) => Array.from(text);
@@ -62,19 +76,24 @@
   }
 
   function legend() {
-    const { low, high } = data.scale;
+    const [less, more] = byToken
+      ? ["Value of a token, nats: to be less likely", "more likely."]
+      : ["Score: the teacher disagrees", "agrees. Dashed: dropped, no signal."];
     const edge = (index) => String(Number((low + ((high - low) * index) / BINS).toFixed(2))).replace("-", "−");
     const items = [...Array(BINS).keys()].map((index) =>
       make("li", { className: `s${index}`, text: `${edge(index)}–${edge(index + 1)}` }));
     return make("div", { className: "scale", children: [
-      make("span", { text: "Score: the teacher disagrees" }),
+      make("span", { text: less }),
       make("ol", { children: items, "aria-label": "Colours by score" }),
-      make("span", { text: "agrees. Dashed: dropped, no signal." }),
+      make("span", { text: more }),
     ] });
   }
 
   function numbers(chunk) {
-    const rows = [
+    const rows = scored(chunk) ? [
+      ["log q − log p", showScore(chunk.score)], ["mean value", show(chunk.weight, 3)],
+      ["tokens", show(chunk.tokens.length)],
+    ] : [
       ["score", showScore(chunk.score)], ["weight", show(chunk.weight, 3)], ["matches, k", show(chunk.k)],
       ["replies", show(chunk.n_eff)], ["entropy, nats", show(chunk.entropy)],
     ];
@@ -136,19 +155,24 @@
       make("h3", { text: `Chunk ${index + 1} of ${total}${place}` }),
       make("div", { className: "text", children: [
         make("span", { className: "before", text: (cut > CONTEXT ? "…" : "") + before }),
-        make("span", { className: `own ${bin(chunk.score)}`, text: chunk.text || "(end of text)" }),
+        scored(chunk) && chunk.values.length
+          ? make("span", { className: "own", children: shaded(chunk) })
+          : make("span", { className: `own ${bin(chunk.score)}`, text: chunk.text || "(end of text)" }),
       ] }),
       numbers(chunk),
     ];
     if (chunk.dropped !== null) parts.push(make("p", { className: "status", text: `Dropped: ${chunk.dropped}` }));
-    parts.push(make("h4", { text: `The teacher’s continuations (${chunk.replies.length})` }));
-    parts.push(chunk.replies.length
-      ? make("ul", { className: "replies", children: grouped(chunk.replies).map((group) => replyItem(group, chunk)) })
-      : make("p", { className: "none", text: "None." }));
+    if (!scored(chunk)) {
+      parts.push(make("h4", { text: `The teacher’s continuations (${chunk.replies.length})` }));
+      parts.push(chunk.replies.length
+        ? make("ul", { className: "replies", children: grouped(chunk.replies).map((group) => replyItem(group, chunk)) })
+        : make("p", { className: "none", text: "None." }));
+    }
     const rejected = Object.entries(chunk.rejected).map(([reason, times]) => `${reason} (${times})`);
-    if (rejected.length) parts.push(make("p", { className: "hint", text: `Rejected: ${rejected.join(", ")}` }));
+    const without = scored(chunk) ? "Tokens without a signal" : "Rejected";
+    if (rejected.length) parts.push(make("p", { className: "hint", text: `${without}: ${rejected.join(", ")}` }));
     if (chunk.tokens.length || chunk.values.length) {
-      parts.push(make("h4", { text: "Value on each token" }), tokenList(chunk));
+      parts.push(make("h4", { text: chunk.values.length ? "Value on each token" : "Tokens" }), tokenList(chunk));
       if (chunk.values.length && chunk.values.every((value) => value === 0)) {
         parts.push(make("p", { className: "hint", text: "All zero: the update did not weigh the student’s own tokens here." }));
       }
@@ -192,9 +216,10 @@
     const { chunk } = item;
     const own = item.sound ? join(text, item.from, item.to) : chunk.text;
     const score = chunk.dropped === null ? showScore(chunk.score) : "dropped";
+    const shows = scored(chunk) && item.sound && chunk.values.length > 0;
     return make("span", {
-      className: `chunk ${chunk.dropped === null ? bin(chunk.score) : "dropped"}`,
-      text: own.trim() ? own : visible(own) || "(end)",
+      className: `chunk ${chunk.dropped !== null ? "dropped" : shows ? "" : bin(chunk.score)}`,
+      ...(shows ? { children: shaded(chunk) } : { text: own.trim() ? own : visible(own) || "(end)" }),
       role: "button", tabindex: "0", "aria-pressed": "false", "aria-controls": "panel", "data-score": score,
       "aria-label": `Chunk ${index + 1}, ${chunk.dropped === null ? `score ${score}` : `dropped: ${chunk.dropped}`}: ${own}`,
     });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,3 +247,31 @@ def test_policy_stops_what_would_slip_through(browser: Any, page: str) -> None:
     )
     browser.execute_script("document.getElementById('slip').click()")
     assert browser.title != "1"
+
+
+def test_scored_responses_show_every_token_in_the_colour_of_its_value(browser: Any, tmp_path: Path) -> None:
+    tokens, values = ["<b>a", " 😀", "", " c"], [-2.5, 0.1, None, 1.9]
+    chunk = {"start": 0, "end": 4, "char_start": 0, "char_end": 8, "prefix_end": 0, "text": "".join(tokens)}
+    chunk |= {
+        "tokens": tokens,
+        "values": values,
+        "score": -0.2,
+        "weight": -0.1,
+        "rejected": {"missing": 1},
+        "replies": [],
+    }
+    audit = {"step": 1, "prompt_id": "p", "text": chunk["text"], "finish": "stop", "chunks": [chunk]}
+    folder = write_run(tmp_path / "run")
+    (folder / "audits.jsonl").write_text(json.dumps(audit) + "\n", encoding="utf-8")
+    visit(browser, write_report(folder).as_uri())
+    for place in (".said .chunk > span", ".panel .own > span"):
+        shown = find(browser, place)
+        assert [token.get_attribute("class") for token in shown] == ["s0", "s2", "unheard", "s4"]
+        assert [token.get_attribute("title") for token in shown] == ["−2.500", "0.100", "–", "1.900"]
+        assert [token.get_property("textContent") for token in shown] == tokens
+    panel = text_of(browser, ".panel")
+    assert "continuations" not in panel
+    assert "Tokens without a signal: missing (1)" in panel
+    assert [item.text.split("\n")[1] for item in find(browser, ".tokens li")] == ["−2.500", "0.100", "–", "1.900"]
+    assert "more likely" in text_of(browser, ".scale")
+    assert browser.get_log("browser") == []

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from omniopd.store import Store
-from omniopd.types import AnswerQuery, Chunk, ContinueQuery, Message, Prompt
+from omniopd.types import AnswerQuery, Chunk, ContinueQuery, Message, Prompt, ScoreQuery
 from teachers.asks import Ask, Choice
 from teachers.transformers import TransformersConfig, TransformersTeacher
 from teachers.vllm_local import VllmLocalConfig, VllmLocalTeacher
@@ -111,3 +111,23 @@ def test_a_gather_is_drawn_once_and_kept(pair: tuple[Teacher, Teacher]) -> None:
     prompt_ids = pair[0].backend.chat.ids([*PROMPT.messages, Message("assistant", "The answer")], open_turn=True)
     assert first.usage.prompt_tokens == len(prompt_ids)
     assert 3 <= first.usage.completion_tokens <= 21
+
+
+@pytest.mark.parametrize("top", [0, 20])
+def test_given_text_is_scored_as_by_the_library(pair: tuple[Teacher, Teacher], top: int) -> None:
+    chat = pair[1].backend.chat
+    texts = ("The answer is 12 + 7 = 19.", "caf\u00e9 \U0001f600", "x<|end|>y", "1 2 3")
+    queries = [
+        ScoreQuery(PROMPT, row, (*chat.encode(text)[0], chat.end_of_turn), chat.vocabulary.digest, text, True, top)
+        for row, text in enumerate(texts)
+    ]
+    there, here = (asyncio.run(teacher.gather(queries)) for teacher in pair)
+    for one, other in zip(there, here, strict=True):
+        assert one.ids == other.ids
+        assert list(one.logprobs) == pytest.approx(list(other.logprobs), abs=CLOSE)
+        assert [len(place) for place in one.top] == [top] * len(one.top)
+        for mine, theirs in zip(one.top, other.top, strict=True):
+            assert list(mine.values()) == pytest.approx(list(theirs.values()), abs=CLOSE)
+            assert all(mine[token] == pytest.approx(theirs[token], abs=CLOSE) for token in mine.keys() & theirs.keys())
+    assert pair[0].capabilities.vocabulary == pair[1].capabilities.vocabulary
+    assert (pair[0].capabilities.topk, pair[0].capabilities.logits) == (100, False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from omniopd.types import Branch, Rollout
 from students.packing import Row, build_rows, micro_batches, tensors
 from students.policy import Policy
+from students.terms import Coefficients
 from students.trainer import Learner
 
 
@@ -54,12 +55,17 @@ BRANCHES = [
 
 def numbers(student: Policy, rows: list[Row], own: int, learned: int) -> tuple[Tensor, Tensor]:
     """log p of all response tokens and of all learned branch tokens, by their site numbers."""
-    logp, _, branch = Learner(student)(rows, False)
-    at = torch.tensor([n for row in rows for _, _, n in row.own_sites], dtype=torch.long)
-    behind = torch.tensor([n for row in rows for _, _, n in row.branch_sites], dtype=torch.long)
-    assert sorted(at.tolist()) == list(range(own))
-    assert sorted(behind.tolist()) == list(range(learned))
-    return torch.zeros(own).scatter(0, at, logp), torch.zeros(learned).scatter(0, behind, branch)
+    learner, model = Learner(student), student.causal_lm
+    found = torch.zeros(own), torch.zeros(learned)
+    if rows:
+        hidden, head = learner.states(model, tensors(rows, model.dtype, model.device))
+        logp = head(hidden).log_softmax(-1)
+        for numbered, sites in zip(found, ("own_sites", "branch_sites"), strict=True):
+            told = [(n, logp[b, i, token]) for b, row in enumerate(rows) for i, token, n in getattr(row, sites)]
+            assert sorted(n for n, _ in told) == list(range(len(numbered)))
+            for n, value in told:
+                numbered[n] = value
+    return found
 
 
 def reference(student: Policy, rollouts: list[Rollout], branches: list[Branch]) -> tuple[Tensor, Tensor]:
@@ -74,21 +80,28 @@ def reference(student: Policy, rollouts: list[Rollout], branches: list[Branch]) 
     return torch.cat([*own, torch.zeros(0)]), torch.cat([*learned, torch.zeros(0)])
 
 
-def gradient(student: Policy, own: Tensor, learned: Tensor) -> Tensor:
-    torch.manual_seed(0)
-    loss = (torch.randn(len(own)) * own).sum() + (torch.randn(len(learned)) * learned).sum()
+def gradient(student: Policy, loss: Tensor) -> Tensor:
     student.model.zero_grad()
     loss.backward()
     return torch.cat([p.grad.flatten() for p in student.model.parameters()])
 
 
 def check(student: Policy, rollouts: list[Rollout], branches: list[Branch], trees: bool) -> None:
+    """Every log p, and a random mixture of them all as the learner sums it, with its gradient."""
     own, learned = sum(map(len, rollouts)), sum(len(b.ids) - b.context for b in branches)
-    packed = numbers(student, build_rows(rollouts, branches, trees=trees), own, learned)
+    rows = build_rows(rollouts, branches, trees=trees)
     separate = reference(student, rollouts, branches)
-    for ours, truth in zip(packed, separate, strict=True):
-        torch.testing.assert_close(ours, truth, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(gradient(student, *packed), gradient(student, *separate), atol=2e-4, rtol=1e-4)
+    for ours, truth in zip(numbers(student, rows, own, learned), separate, strict=True):
+        torch.testing.assert_close(ours.detach(), truth.detach(), atol=2e-5, rtol=1e-5)
+    torch.manual_seed(0)
+    mix = torch.randn(own), torch.randn(learned)
+    silent = torch.zeros(own)
+    loss, terms = Learner(student)(rows, Coefficients(mix[0], silent, silent, mix[1]), ())
+    expected = [-(m * logp).sum() for m, logp in zip(mix, separate, strict=True)]
+    assert terms[:2].tolist() == pytest.approx([term.item() for term in expected], abs=5e-4)
+    torch.testing.assert_close(
+        gradient(student, loss), gradient(student, expected[0] + expected[1]), atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("trees", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from omniopd.errors import NonFiniteLoss
 from omniopd.methods.omniopd import OmniOPD, OmniOPDConfig
 from omniopd.objective import Anchor, Objective, Reduction
 from omniopd.sampling import Request, named_seed, sample
-from omniopd.types import Branch, Continuations, Query, Reply, Rollout, Signal
+from omniopd.targets.full import FullTarget
+from omniopd.targets.subset import SubsetTarget, TopKTarget
+from omniopd.types import Branch, Continuations, Distributions, Query, Reply, Rollout, Signal, Target
 from students.policy import Policy
 from students.rollouts import Sampler
 from students.trainer import OptimizerSettings, Trainer, coefficients
@@ -45,7 +48,7 @@ def signal_of(rollouts: Sequence[Rollout], branches: bool = True) -> Signal:
         Branch(4, 20, (23, 1), 1.0),
         Branch(3, 4, (24, 25, 26, 27), 1.0, context=1),
     )
-    return Signal(tuple(values), tuple(masks), wrote if branches else (), branch_scale=0.7)
+    return Signal(tuple(values), tuple(masks), branches=wrote if branches else (), branch_scale=0.7)
 
 
 def objective(reduction: Reduction = "term_mean", where: Literal["unaudited", "all"] = "unaudited", beta: float = 0.1):
@@ -225,7 +228,7 @@ def test_answers_without_rollouts_are_learned_in_every_reduction(
     student = tiny.policy(llama_folder)
     rollouts = Sampler(student, 0).unwritten([tiny.prompt(), tiny.prompt()])
     branches = (Branch(0, 0, (20, 21, 22, 1), 1.0), Branch(1, 0, (23, 24, 25, 1), 1.0))
-    empty = Signal((torch.zeros(0),) * 2, (torch.zeros(0, dtype=torch.bool),) * 2, branches)
+    empty = Signal((torch.zeros(0),) * 2, (torch.zeros(0, dtype=torch.bool),) * 2, branches=branches)
     assert coefficients(rollouts, empty, objective(reduction)).branch_Q.tolist() == pytest.approx([each] * 8)
     trainer = trainer_of(student, reduction=reduction)
     before = weights(student)
@@ -255,6 +258,191 @@ def test_o13_the_final_end_token_is_learned_also_where_the_pad_id_is_zero(llama_
         trainer.update([short, long], signal)
     after, _ = tiny.dense(student.model, short.prompt_ids, short.ids)
     assert float(after[2]) > short.logprobs[2] + 0.5
+
+
+# ------------------------------------------------------------------ targets
+
+
+def taught(
+    student: Policy, rollouts: Sequence[Rollout], seed: int = 7, **how: Any
+) -> tuple[tuple[FullTarget | None, ...], list[Tensor]]:
+    """Targets for all rollouts but the second from a random teacher, and its logits [T, V] for each rollout."""
+    generator = torch.Generator().manual_seed(seed)
+    size = student.model.get_input_embeddings().num_embeddings
+    logits = [2 * torch.randn(len(r), size, generator=generator) for r in rollouts]
+    targets = [FullTarget(Distributions(rows, lambda hidden: hidden), **how) for rows in logits]
+    return tuple(None if n == 1 else target for n, target in enumerate(targets)), logits
+
+
+def slow_divergence(student: Policy, rollouts: Sequence[Rollout], signal: Signal, teacher: list[Tensor]) -> Tensor:
+    """The reverse KL under the mask, rollout by rollout, summed."""
+    total = torch.zeros(())
+    for n, rollout in enumerate(rollouts):
+        if signal.targets[n] is None or not rollout.ids:
+            continue
+        ids = torch.tensor([[*rollout.prompt_ids, *rollout.ids]])
+        logp = student.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        kl = (logp.exp() * (logp - teacher[n].log_softmax(-1))).sum(-1)
+        total = total + kl[signal.mask_BT[n]].sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_o15_a_divergence_beside_all_other_terms(tiny_folder: Folder, reduction: Any, kind: str) -> None:
+    """Values, branches, anchor and targets in one pass: the slow reference's loss and gradient, scaled as the values are."""
+    settings = {"final_logit_softcapping": 5.0, "sliding_window": 3} if kind == "gemma2" else {}
+    student = moved(tiny.policy(tiny_folder(kind=kind, **settings), attention="eager"))
+    rollouts = rollouts_of(student)
+    targets, teacher = taught(student, rollouts)
+    signal = replace(signal_of(rollouts), targets=targets)
+    trainer = trainer_of(student, reduction=reduction, beta=0.3)
+    terms = trainer.accumulate(rollouts, signal)
+    ours = gradient(student)
+    student.model.zero_grad()
+    audited = sum(int(mask.sum()) for mask in signal.mask_BT)
+    learned = sum(b.weight * (len(b.ids) - b.context) for b in signal.branches)
+    tokens = sum(map(len, rollouts)) + learned
+    count = {"term_mean": audited, "sum_seqmean": len(rollouts), "token_mean": tokens}[reduction]
+    divergence = slow_divergence(student, rollouts, signal, teacher) / count
+    truth = slow_loss(student, rollouts, signal, trainer.objective) + divergence
+    truth.backward()
+    assert terms["divergence_loss"] == pytest.approx(divergence.item(), rel=1e-5) and divergence.item() > 0.5
+    assert terms["loss"] == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(ours, gradient(student), atol=5e-5, rtol=1e-3)
+
+
+def test_o9_o12_a_divergence_does_not_depend_on_micro_batches_or_slices(llama_folder: Path) -> None:
+    student = moved(tiny.policy(llama_folder))
+    rollouts = rollouts_of(student)
+    signal = replace(signal_of(rollouts), targets=taught(student, rollouts, divergence="jsd")[0])
+    trainer = trainer_of(student)
+    whole = trainer.accumulate(rollouts, signal), gradient(student)
+    for budget, size in ((10_000, 1), (140, 5), (60, 7), (1, None)):
+        retuned(student, micro_batch_tokens=budget, slice_tokens=size)
+        cut = trainer.accumulate(rollouts, signal), gradient(student)
+        assert cut[0] == pytest.approx(whole[0], abs=1e-5)
+        torch.testing.assert_close(cut[1], whole[1], atol=1e-5, rtol=1e-4)
+
+
+class Canary:
+    """A target that notes what it is asked, and whose gradient is 1 on the logit of token t at position t."""
+
+    def __init__(self, blocks: Sequence[tuple[int, int]] = ()) -> None:
+        self.blocks = blocks
+        self.asked: list[tuple[int, tuple[int, ...]]] = []
+
+    def divergence(self, logits: Tensor, ids: Tensor, start: int) -> Tensor:
+        self.asked.append((start, tuple(ids.tolist())))
+        assert len(logits) == len(ids)
+        return logits[range(len(ids)), range(start, start + len(ids))].float()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_r1_a_target_is_asked_about_its_own_positions_and_no_block_is_cut(llama_folder: Path, size: int) -> None:
+    student = tiny.policy(llama_folder, slice_tokens=size)
+    rollouts = rollouts_of(student)
+    blocks = ((), (), (), ((1, 4), (4, 8)), ((0, 3), (10, 20)))
+    targets = tuple(Canary(b) for b in blocks)
+    masks = tuple(torch.ones(len(r), dtype=torch.bool) for r in rollouts)
+    silent = Signal(
+        tuple(torch.zeros(len(r)) for r in rollouts), masks, targets=targets, branches=(Branch(0, 3, (20, 21), 1.0),)
+    )
+    terms = trainer_of(student, beta=0).accumulate(rollouts, silent)
+    expected = 0.0
+    for rollout, target in zip(rollouts, targets, strict=True):
+        spoken = [(start + i, token) for start, ids in target.asked for i, token in enumerate(ids)]
+        assert spoken == list(enumerate(rollout.ids))
+        for start, end in target.blocks:
+            assert any(first <= start and end <= first + len(ids) for first, ids in target.asked)
+        if rollout.ids:
+            ids = torch.tensor([[*rollout.prompt_ids, *rollout.ids]])
+            logits = student.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+            expected += float(logits[range(len(rollout)), range(len(rollout))].detach().sum())
+    assert terms["divergence_loss"] == pytest.approx(expected / sum(map(len, rollouts)), abs=1e-4)
+
+
+def test_r10_outside_the_mask_a_target_is_not_asked_or_not_heard(llama_folder: Path) -> None:
+    student = moved(tiny.policy(llama_folder))
+    rollouts = [tiny.rollout(student, range(20, 30))]
+    (target,), teacher = taught(student, rollouts)
+    assert target is not None
+    mask = (torch.arange(10) < 4,)
+    gradients = []
+    for beyond in (0.0, 30.0):
+        teacher[0][4:, 5] = beyond
+        trainer_of(student, beta=0).accumulate(rollouts, Signal((torch.zeros(10),), mask, targets=(target,)))
+        gradients.append(gradient(student))
+    assert gradients[0].abs().max() > 1e-3
+    assert torch.equal(*gradients)
+    canary = Canary()
+    nothing = Signal((torch.zeros(10),), (torch.zeros(10, dtype=torch.bool),), targets=(canary,))
+    assert trainer_of(student, beta=0).accumulate(rollouts, nothing)["loss"] == 0
+    assert canary.asked == []
+
+
+def test_r17_another_teacher_gives_another_gradient(llama_folder: Path) -> None:
+    student = tiny.policy(llama_folder)
+    rollouts = rollouts_of(student)
+    found = []
+    for seed in (1, 2):
+        targets, _ = taught(student, rollouts, seed)
+        trainer_of(student).accumulate(rollouts, replace(signal_of(rollouts, branches=False), targets=targets))
+        found.append(gradient(student))
+    assert (found[0] - found[1]).norm() > 0.1 * found[0].norm()
+
+
+def own_target(student: Policy, rollout: Rollout, kind: str) -> Target:
+    """The student itself as the teacher."""
+    with torch.no_grad():
+        ids = torch.tensor([[*rollout.prompt_ids, *rollout.ids]])
+        hidden = student.model.model(input_ids=ids).last_hidden_state[0, len(rollout.prompt_ids) - 1 : -1]
+        top = student.model.lm_head(hidden).log_softmax(-1).topk(6)
+    distributions = Distributions(hidden, student.model.lm_head)
+    named = [dict(zip(i, v, strict=True)) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return {
+        "full": lambda: FullTarget(distributions, "reverse"),
+        "jsd": lambda: FullTarget(distributions, "jsd", 0.3),
+        "tail": lambda: SubsetTarget(distributions, 4, "teacher", "tail_bucket"),
+        "sg": lambda: SubsetTarget(distributions, 4, "student", "partial_sg"),
+        "renorm": lambda: SubsetTarget(distributions, 4, "common", "renorm"),
+        "top": lambda: TopKTarget(named, "tail_bucket"),
+    }[kind]()
+
+
+@pytest.mark.parametrize("size", [3, 100])
+@pytest.mark.parametrize("kind", ["full", "jsd", "tail", "sg", "renorm", "top"])
+def test_eight_1_o4_a_student_that_is_its_own_target_learns_nothing(llama_folder: Path, kind: str, size: int) -> None:
+    student = moved(tiny.policy(llama_folder, slice_tokens=size))
+    rollouts = [r for r in rollouts_of(student) if r.ids]
+    masks = tuple(torch.ones(len(r), dtype=torch.bool) for r in rollouts)
+    values = tuple(torch.zeros(len(r)) for r in rollouts)
+    targets = tuple(own_target(student, r, kind) for r in rollouts)
+    terms = trainer_of(student, beta=0).accumulate(rollouts, Signal(values, masks, targets=targets))
+    assert terms["loss"] == pytest.approx(0, abs=1e-6)
+    assert gradient(student).abs().max() < 1e-5
+    if kind in ("tail", "sg", "renorm", "top"):
+        assert terms["support_student_mass"] == pytest.approx(terms["support_teacher_mass"], abs=1e-5)
+        assert 0.1 < terms["support_student_mass"] < 1 and terms["support_dead"] == 0
+    other = tuple(own_target(moved(tiny.policy(llama_folder), seed=9), r, kind) for r in rollouts)
+    assert trainer_of(student, beta=0).accumulate(rollouts, Signal(values, masks, targets=other))["loss"] > 1e-3
+
+
+def test_training_on_a_target_brings_the_student_near_to_it(llama_folder: Path) -> None:
+    student = tiny.policy(llama_folder)
+    rollouts = rollouts_of(student)
+    masks = tuple(torch.ones(len(r), dtype=torch.bool) for r in rollouts)
+    signal = Signal(tuple(torch.zeros(len(r)) for r in rollouts), masks, targets=taught(student, rollouts)[0])
+    trainer = trainer_of(student, beta=0)
+    losses = [trainer.update(rollouts, signal)["divergence_loss"] for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_r11_targets_for_other_rollouts_raise(llama_folder: Path) -> None:
+    student = tiny.policy(llama_folder)
+    rollouts = rollouts_of(student)
+    with pytest.raises(ValueError, match="signal has 2 targets, there are 5 rollouts"):
+        coefficients(rollouts, replace(signal_of(rollouts), targets=(None, None)), objective())
 
 
 # ------------------------------------------------------------------ the anchor

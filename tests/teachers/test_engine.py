@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from omniopd.chat import ChatTemplate
 from omniopd.errors import ConfigError, TeacherError
 from omniopd.sampling import Request
 from omniopd.types import Message
-from teachers.engine import Drawn, Engine, TooLong, Worker
+from teachers.engine import Drawn, Engine, Given, TooLong, Worker
+from teachers.scoring import Scores
 
 TEACHER = str(Path(__file__).resolve().parents[2] / "examples" / "demo" / "teacher")
 END = 2  # the demo tokenizer's </s>
@@ -94,6 +96,51 @@ def test_one_batch_at_a_time_in_a_thread_of_its_own() -> None:
     assert sorted(engine.batches) == [[1], [1], [2], [2]]
     assert engine.most_at_once == 1
     assert len(engine.threads) == 1 and threading.get_ident() not in engine.threads
+
+
+class Scoring(Scripted):
+    """Scores each row with its own length."""
+
+    def score_batch(self, rows: Sequence[Given]) -> list[Scores]:
+        self.batches.append([-len(row.ids) for row in rows])
+        return [Scores((-float(len(row.ids)),), ({},)) for row in rows]
+
+
+def test_draws_and_scores_share_a_queue_and_come_back_to_who_asked() -> None:
+    async def go(engine: Scripted) -> list[Any]:
+        async with engine.worker() as worker:
+            rows = [engine.given(tuple(range(length)), 1, 0, False) for length in (5, 3)]
+            asked = [worker.score(rows[0]), worker.draw(request(1)), worker.score(rows[1]), worker.draw(request(2))]
+            return list(await asyncio.gather(*asked))
+
+    engine = Scoring()
+    first, drawn, second, also = asyncio.run(go(engine))
+    assert sorted(engine.batches) == [[-5, -3], [1, 2]]
+    assert (first.logprobs, second.logprobs) == ((-5.0,), (-3.0,))
+    assert (drawn[0].ids, also[0].ids) == ((1,), (2,))
+
+
+def test_what_is_asked_at_once_is_one_batch_however_long_the_asking_takes() -> None:
+    async def go(engine: Scripted) -> None:
+        async def slowly(worker: Worker, seed: int) -> None:
+            for _ in range(seed):  # one after another, as those who wait for their turn come
+                await asyncio.sleep(0)
+            time.sleep(0.004)  # as a look into the store takes
+            await worker.draw(request(seed))
+
+        async with engine.worker() as worker:
+            await asyncio.gather(*(slowly(worker, seed) for seed in range(1, 30)))
+
+    engine = Scripted()
+    asyncio.run(go(engine))
+    assert engine.batches == [list(range(1, 30))]
+
+
+def test_rows_to_score_fit_into_the_context() -> None:
+    engine = Scripted()
+    assert engine.given((7,) * 64, 3, 0, False).start == 3
+    with pytest.raises(TooLong, match="65 tokens to score exceed the context of 64"):
+        engine.given((7,) * 65, 3, 0, False)
 
 
 def too_few(drawn: list[list[Drawn]]) -> list[list[Drawn]]:

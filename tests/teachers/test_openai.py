@@ -11,7 +11,8 @@ import tiny
 
 from omniopd.errors import ConfigError, TeacherError
 from omniopd.types import Reply, Token, Usage
-from teachers.openai import OpenAIConfig, read_usage
+from teachers.formats import read_usage
+from teachers.openai import OpenAIConfig
 from teachers.presets import PRESETS
 
 QUESTION = {"role": "user", "content": "What is 6 times 7?"}

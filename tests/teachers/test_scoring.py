@@ -124,6 +124,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("vllm", vllm([vllm_place(t) for t in range(1, 6)]), "5 tokens for the 6"),
     ("vllm", vllm([*(vllm_place(t) for t in range(1, 6)), vllm_place(5)]), "no log-prob for token 1 of 6"),
     ("vllm", vllm([None, *(vllm_place(t) for t in (1, 1, 3, 4, 5))]), "no log-prob for token 2 of 6"),
+    ("vllm", vllm([None, *(vllm_place(t) for t in (1, 2, 3, 4))]), "5 tokens for the 6"),
+    ("vllm", vllm([None, {str(IDS[1]): {"logprob": 0.4}}, *(vllm_place(t) for t in range(2, 6))]), "log-prob 0.4 for"),
     ("vllm", vllm(None), "ignores the field"),
     ("vllm", {"choices": [{"text": "x"}]}, "ignores the field"),
     ("vllm", {"choices": []}, "another shape"),
@@ -163,6 +165,31 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_r8_what_holds_no_scores_is_said(scorers: dict[str, Scorer], name: str, payload: Any, wrong: str) -> None:
     with pytest.raises(Malformed, match=wrong):
         scorers[name].read_scores(payload, IDS, 2)
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_minus_infinity_is_a_value_of_a_given_token_and_no_alternative(scorers: dict[str, Scorer], name: str) -> None:
+    said = GOOD[name]()
+    if name == "vllm":
+        for entry in said["choices"][0]["prompt_logprobs"][3].values():
+            entry["logprob"] = -9999.0  # JSON has no infinity
+    else:
+        said["meta_info"]["input_token_logprobs"][3][0] = float("-inf")  # Python's JSON has
+        said["meta_info"]["input_top_logprobs"][3] = [[float("-inf"), 300, None]]
+    scores = scorers[name].read_scores(said, IDS, 2)
+    assert scores.logprobs == (*CANARY[:3], float("-inf"), *CANARY[4:])
+    assert scores.top[3] == {} and scores.top[4]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_usage_is_what_the_server_tells_or_what_was_sent(scorers: dict[str, Scorer], name: str) -> None:
+    said = GOOD[name]()
+    assert scorers[name].read_scores(said, IDS, 2).usage.prompt_tokens == 6
+    told = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4}}
+    if name == "sglang":
+        said["meta_info"] |= {"prompt_tokens": 9, "completion_tokens": 1, "cached_tokens": 4}
+    usage = scorers[name].read_scores(said | {"usage": told}, IDS, 2).usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cache_read_tokens) == (9, 1, 4)
 
 
 def test_a_single_token_has_no_score_and_is_no_error(scorers: dict[str, Scorer]) -> None:

@@ -16,7 +16,7 @@ from omniopd.chat import ChatTemplate
 from omniopd.errors import ConfigError, TeacherError
 from omniopd.registry import TEACHERS
 from omniopd.store import Store
-from omniopd.types import Chunk, ContinueQuery, Evidence, Message, Prompt
+from omniopd.types import Chunk, ContinueQuery, Message, Prompt, ScoreQuery
 from teachers.vllm_local import VllmLocalConfig, VllmLocalTeacher
 
 TEACHER = Path(__file__).resolve().parents[2] / "examples" / "demo" / "teacher"
@@ -39,6 +39,9 @@ class Scripted:
     shut: int = 0
     context: int = 100
     cpu: bool = False
+    read: Callable[[list[int], int], list[Any]] | None = (
+        None  # what it says of a prompt's ids, and the likeliest at each
+    )
 
     def module(self) -> ModuleType:
         script = self
@@ -55,6 +58,10 @@ class Scripted:
             def generate(self, prompts: list[Any], params: list[dict[str, Any]], *, use_tqdm: bool) -> list[Any]:
                 assert not use_tqdm
                 script.asked.append((prompts, params))
+                if script.read and params[0]["prompt_logprobs"] is not None:
+                    asked = zip(prompts, params, strict=True)
+                    said = [script.read(one["prompt_token_ids"], param["prompt_logprobs"]) for one, param in asked]
+                    return [SimpleNamespace(prompt_logprobs=places) for places in said]
                 return [SimpleNamespace(outputs=script.write(one)) for one in params]
 
         module = ModuleType("vllm")
@@ -85,7 +92,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     return build
 
 
-def gather(teacher: Any, *queries: ContinueQuery) -> list[Evidence]:
+def gather(teacher: Any, *queries: Any) -> list[Any]:
     return asyncio.run(teacher.gather(list(queries)))
 
 
@@ -115,6 +122,7 @@ def test_what_it_is_asked(make: Any) -> None:
         "seed": 70,
         "max_tokens": 9,
         "logprobs": None,
+        "prompt_logprobs": None,
         "detokenize": False,
     }
     assert params == [stated, stated | {"n": 1, "seed": 5}]
@@ -181,6 +189,49 @@ def test_logprobs_are_looked_up_by_id_and_ranked(make: Any) -> None:
     assert [(token.text, token.logprob) for token in reply.tokens] == [(" ", -3.0), ("1", -0.1)]
     assert reply.tokens[0].top == (("2", -0.5), ("</s>", -1.5))
     assert reply.tokens[1].top == (("1", -0.1), ("2", -2.5))
+
+
+def read(ids: list[int], k: int) -> list[Any]:
+    """The log-prob of the token at place t is -t; two others are likelier, and one of them comes along uncounted."""
+
+    def place(at: int, own: int) -> dict[int, Any]:
+        others = {one: -at + 0.5 - 0.1 * rank for rank, one in enumerate((501, 502, 503)[: max(k, 1)])}
+        return {one: SimpleNamespace(logprob=value, rank=1) for one, value in (others | {own: float(-at)}).items()}
+
+    return [None, *(place(at, own) for at, own in enumerate(ids[1:], start=1))]
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_r1_r13_given_text_is_scored_by_ids(make: Any, k: int) -> None:
+    script = Scripted(numbered, read=read)
+    teacher = make(script, temperature=0.7, top_p=0.9)
+    ids = (*CHAT.encode("12+7=19.")[0], END)
+    query = ScoreQuery(PROMPT, 0, ids, CHAT.vocabulary.digest, "12+7=19.", True, k)
+    (found,) = gather(teacher, query)
+    prompt = CHAT.ids(PROMPT.messages)
+    ((prompts, params),) = script.asked
+    assert prompts == [{"prompt_token_ids": [*prompt, *ids]}]
+    stated = {name: params[0][name] for name in ("prompt_logprobs", "temperature", "top_p", "max_tokens", "logprobs")}
+    assert stated == {"prompt_logprobs": k, "temperature": 1.0, "top_p": 1.0, "max_tokens": 1, "logprobs": None}
+    assert list(found.logprobs) == [-float(len(prompt) + place) for place in range(len(ids))]
+    assert [list(place) for place in found.top] == [[501, 502]] * len(ids) * bool(k)
+    assert found.usage.prompt_tokens == len(prompt) + len(ids)
+
+
+def test_what_vllm_has_no_room_to_score_is_a_hole(make: Any) -> None:
+    prompt = len(CHAT.ids(PROMPT.messages))
+    teacher = make(Scripted(numbered, read=read), max_model_len=prompt + 4)
+    queries = [ScoreQuery(PROMPT, n, (7,) * n, CHAT.vocabulary.digest, "1" * n, False) for n in (3, 4)]
+    fits, hole = gather(teacher, *queries)  # it writes a token behind them
+    assert (len(fits.ids), hole.rejected) == (3, {"context_overflow": 1})
+
+
+def test_it_promises_likeliest_tokens_but_no_distributions(make: Any) -> None:
+    teacher = make(Scripted(numbered))
+    assert VllmLocalTeacher.promises(teacher._config) == teacher.capabilities
+    assert (teacher.capabilities.score, teacher.capabilities.topk, teacher.capabilities.logits) == (True, 100, False)
+    with pytest.raises(TeacherError, match="no whole distributions of given text"):
+        gather(teacher, ScoreQuery(PROMPT, 0, (7,), CHAT.vocabulary.digest, "x", False, whole=True))
 
 
 def test_a_text_that_ended_otherwise_is_no_text(make: Any) -> None:

@@ -1,0 +1,171 @@
+"""Neutral settings are plain on-policy distillation to the last bit: same loss, same gradient, through the real update.
+
+To add a method: one line in `NEUTRAL`, its settings that leave `opd` as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from pydantic import TypeAdapter
+from references import opd_dense, opd_sampled
+from scored_by import scored
+from torch import Tensor
+
+from omniopd.losses import sum_over_slices, token_logp
+from omniopd.method import Method
+from omniopd.model import split_model
+from omniopd.registry import METHODS
+from omniopd.settings import tagged
+from omniopd.types import Rollout, Signal
+from students.packing import build_rows, micro_batches, tensors
+from students.policy import Policy
+from students.trainer import OptimizerSettings, Trainer
+
+SAMPLED: dict[str, Any] = {"name": "opd"}
+DENSE: dict[str, Any] = {"name": "opd", "form": "dense"}
+NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"name": "dpca"}, SAMPLED),
+    ({"name": "dpca", "credit": "uniform"}, SAMPLED),
+    ({"name": "dpca", "credit": "full", "max_chunk_tokens": 1}, SAMPLED),
+    ({"name": "opd", "estimator": "k2"}, SAMPLED),
+    ({"name": "opd", "form": "dense", "divergence": "jsd", "beta": 1.0}, DENSE),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_folder: Callable[..., Path]) -> Policy:
+    return tiny.policy(tiny_folder(seed=1))
+
+
+@pytest.fixture
+def student(llama_folder: Path) -> Policy:
+    return tiny.policy(llama_folder)
+
+
+def rows_of(student: Policy) -> list[Rollout]:
+    torch.manual_seed(4)
+    ids = [torch.randint(5, 200, (length,)).tolist() for length in (13, 5, 0, 8)]
+    rows = [tiny.rollout(student, [*ids[0], student.end_id], finish="stop")]
+    return [*rows, *(tiny.rollout(student, part) for part in ids[1:])]
+
+
+def built(config: dict[str, Any], student: Policy) -> Method:
+    return METHODS.build(TypeAdapter(tagged(METHODS)).validate_python(config), student, 0)  # type: ignore[no-any-return]
+
+
+def signal_of(
+    student: Policy, teacher: Policy, rows: Sequence[Rollout], config: dict[str, Any]
+) -> tuple[Method, Signal]:
+    method = built(config, student)
+    return method, method.read(rows, [scored(teacher, query) for query in method.audit(rows, 1)], 1)
+
+
+def gradient(student: Policy) -> list[Tensor]:
+    return [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
+
+
+def taught(
+    student: Policy, teacher: Policy, config: dict[str, Any], responses: int = 4
+) -> tuple[float, list[Tensor], Signal]:
+    """Loss and gradient of one step, and the signal behind them."""
+    rows = rows_of(student)[:responses]
+    method, signal = signal_of(student, teacher, rows, config)
+    trainer = Trainer(student, OptimizerSettings(), method.objective)
+    loss = trainer.accumulate(rows, signal)["loss"]
+    return loss, gradient(student), signal
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) > 0 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("config", "plain"), NEUTRAL, ids=lambda config: " ".join(map(str, config.values())))
+def test_a_neutral_setting_is_plain_distillation_to_the_last_bit(
+    student: Policy, teacher: Policy, config: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    loss, gradients, signal = taught(student, teacher, config)
+    expected, of_plain, reference = taught(student, teacher, plain)
+    assert loss == expected != 0
+    assert same(gradients, of_plain)
+    assert same(signal.values_BT, reference.values_BT)
+    assert same(signal.mask_BT, reference.mask_BT)
+
+
+@pytest.mark.parametrize(("config", "plain"), NEUTRAL, ids=lambda config: " ".join(map(str, config.values())))
+def test_a_neutral_setting_asks_the_teacher_for_nothing_more(
+    student: Policy, config: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    rows = rows_of(student)
+
+    assert built(config, student).audit(rows, 1) == built(plain, student).audit(rows, 1)
+
+
+# ------------------------------------------------------------------ the two references
+
+
+@dataclass
+class Step:
+    """The student's forward pass over a step in one micro-batch: all that the update does but for its loss."""
+
+    hidden: Tensor  # [R, D]
+    head: Any
+    order: list[int]  # the place of each row in the step
+
+    @classmethod
+    def of(cls, student: Policy, rows: Sequence[Rollout]) -> Step:
+        (batch,) = micro_batches(build_rows(rows, [], trees=False), student.settings.micro_batch_tokens)
+        inputs = tensors(batch, torch.float32, torch.device("cpu"))
+        body, head = split_model(student.model)
+        hidden = body(**inputs, use_cache=False).last_hidden_state
+        at = [(b, i) for b, row in enumerate(batch) for i, _, _ in row.own_sites]
+        places, columns = zip(*at, strict=True)
+        return cls(hidden[list(places), list(columns)], head, [n for row in batch for _, _, n in row.own_sites])
+
+    def ordered(self, parts: Sequence[Any], dtype: torch.dtype = torch.float64) -> Tensor:
+        """A ragged list of the step's numbers, flat, in the order of the update."""
+        return torch.cat([torch.as_tensor(part, dtype=dtype) for part in parts])[self.order]
+
+    def loss(self, reference: Callable[[Tensor], Tensor]) -> float:
+        """A reference of the logits [R, V], through the same matrix products as the update; its gradient is left behind."""
+        bounds = [slice(0, len(self.hidden))]
+        loss, _ = sum_over_slices(self.hidden, self.head, lambda logits, _: (reference(logits), torch.zeros(1)), bounds)
+        loss.backward()
+        return loss.item()
+
+
+def test_many_faces_token_reverse_kl_is_the_sampled_form_to_the_last_bit(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student)
+    loss, ours, _ = taught(student, teacher, SAMPLED)
+    student.model.zero_grad()
+    step = Step.of(student, rows)
+    found = {f.query.row: f for f in map(partial(scored, teacher), built(SAMPLED, student).audit(rows, 1))}
+    old = step.ordered([row.logprobs for row in rows])
+    said = step.ordered([found[row].logprobs if row in found else () for row in range(len(rows))])
+    ids = step.ordered([row.ids for row in rows], torch.long)
+
+    def reference(logits: Tensor) -> Tensor:
+        return opd_sampled(token_logp(logits, ids), old, said, torch.ones(len(ids), dtype=torch.bool))
+
+    assert loss == step.loss(reference) != 0
+    assert same(ours, gradient(student))
+
+
+def test_many_faces_the_whole_vocabulary_is_the_dense_form_to_the_last_bit(student: Policy, teacher: Policy) -> None:
+    """Of one response, since the update adds up responses one by one; its gradient is in closed form, the reference's by
+    autograd, so that they are equal up to rounding."""
+    rows = rows_of(student)[:1]
+    loss, ours, _ = taught(student, teacher, DENSE, responses=1)
+    student.model.zero_grad()
+    step = Step.of(student, rows)
+    given = [f.distributions for f in map(partial(scored, teacher), built(DENSE, student).audit(rows, 1))]
+    whole = torch.cat([one.head(one.hidden) for one in given if one is not None]).detach()[step.order]
+    assert loss == step.loss(lambda logits: opd_dense(logits, whole, torch.ones(len(whole), dtype=torch.bool))) != 0
+    torch.testing.assert_close(ours, gradient(student), rtol=1e-4, atol=2e-6)
