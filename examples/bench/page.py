@@ -18,7 +18,7 @@ PAGE = """# Memory and time of the losses
 
 A divergence over the whole vocabulary needs the logits of both models. Dense, they are the largest tensors of a step:
 4,096 tokens over 151,936 ids in fp32 are 2.5 GB, and there are five such tensors at the peak. `omniopd/losses/chunked.py`
-makes them for a slice of about 64 MiB at a time, computes every term of the loss and its gradient from it, and forgets it.
+makes them for a slice of about 128 MiB at a time, computes every term of the loss and its gradient from it, and forgets it.
 
 ```bash
 make bench                                                     # the full shape, written to docs/results/bench/loss.json
