@@ -26,6 +26,7 @@ from omniopd.store import Store
 from omniopd.types import Capabilities
 
 TOP = 64  # likeliest tokens that `signal: topk` asks for, where the teacher has as many [ours]
+OPENINGS = 20  # the same of `signal: scores` across tokenizers
 OTHER = "another tokenizer than the student"
 
 
@@ -34,7 +35,7 @@ class Way:
     """A kind of signal, what it needs of the teacher, and the method that reads it.
 
     `settings` are what the method's must be for that: the values each may have, the default first. `top` is how many of the
-    likeliest tokens the method asks for, where the teacher has as many.
+    likeliest tokens the method asks for, where the teacher has as many, in its setting `top_setting`.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Way:
     method: str
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     top: int = 0
+    top_setting: str = "k"
     same_tokenizer: bool = False
 
     def obstacle(self, offered: Capabilities, vocabulary: str) -> str:
@@ -60,7 +62,7 @@ WAYS = (
     Way("logits", "logits", "opd", _WHOLE, same_tokenizer=True),
     Way("topk", "topk", "opd", {"form": ("dense",), "support": ("teacher",)}, top=TOP, same_tokenizer=True),
     Way("scores", "score", "opd", {"form": ("sampled",)}, same_tokenizer=True),
-    Way("scores", "score", "dpca"),
+    Way("scores", "score", "dpca", top=OPENINGS, top_setting="openings"),
     Way("continuations", "continuation", "omniopd"),
     Way("answers", "answer", "seqkd"),
     Way("logits", "logits", "bpm"),  # behind answers, which every teacher has: only where logits are asked for
@@ -190,7 +192,7 @@ def _with(config: RunConfig, way: Way, offered: Capabilities, stated: Mapping[st
     """The config with the method of that way; what it states of the method itself stays."""
     settings = {name: may[0] for name, may in way.settings.items()}
     if way.top:
-        settings["k"] = min(way.top, offered.topk)
+        settings[way.top_setting] = min(way.top, offered.topk)
     method = {"name": way.method, **settings, **stated}
     try:
         return RunConfig.model_validate({**dict(config), "signal": way.kind, "method": method})

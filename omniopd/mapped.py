@@ -15,12 +15,11 @@ from pydantic import Field
 
 from omniopd.alignment import MAX_CHUNK_TOKENS, AlignedChunk, align_scores
 from omniopd.method import StudentText
-from omniopd.scored import MISSING, Reading, Scored, ScoredObjective, heard_chunks
+from omniopd.scored import MISSING, RETOKENIZED, Reading, Scored, ScoredObjective, heard_chunks
 from omniopd.types import Distributions, Rollout, TokenScores
 from omniopd.vocabulary_map import VocabularyMap, vocabulary_map
 
 SPELLING = "spelling"  # tokens of one chunk that spell other bytes than the teacher's, as by a space before the text
-RETOKENIZED = "retokenized"  # one vocabulary, but the teacher scored other ids than those that were sent (trap R4)
 
 
 class MappedObjective(ScoredObjective):

@@ -16,14 +16,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omniopd.alignment import AlignedChunk, Alignment
+from omniopd.alignment import MAX_CHUNK_TOKENS, AlignedChunk, Alignment
+from omniopd.boundary import byte_scores
 from omniopd.credit import span_index, span_sums
 from omniopd.method import Method, StudentText
 from omniopd.objective import Anchor, Objective
 from omniopd.scored_records import record
 from omniopd.types import Capabilities, Evidence, Query, Rollout, ScoreQuery, Signal, Target, TokenScores
+from omniopd.vocabulary import Vocabulary
 
 MISSING, INFINITE = "missing", "infinite"  # a log-prob that did not come, one that says "impossible"
+RETOKENIZED = "retokenized"  # one vocabulary, but the teacher scored other ids than those that were sent (trap R4)
 NOT_FINITE_SHARE = 0.01  # of a step's tokens; more of them deserves a word in the log
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,20 @@ class ScoredObjective(Objective):
     anchor: Anchor = Anchor(beta=0, allow_none=True)
     min_coverage: float = Field(
         default=0.5, ge=0, le=1, description="share of tokens that the teacher must speak about, or the run stops"
+    )
+
+
+class ChunkObjective(ScoredObjective):
+    """Settings of the methods that compare chunks of tokens by their log-likelihoods."""
+
+    max_chunk_tokens: int = Field(
+        default=MAX_CHUNK_TOKENS, ge=1, description="a chunk with more tokens on either side has no signal"
+    )
+    openings: int = Field(
+        default=20,
+        ge=0,
+        description="likeliest tokens asked for at each place, to tell what the teacher gives the next bytes however it cuts "
+        "them (omniopd/boundary.py) [ours]; 0 takes its tokens at their word, as published",
     )
 
 
@@ -85,6 +102,7 @@ class Scored(Method):
     """Base of the methods that read scores. A subclass says what to ask besides log-probs, and places the answer."""
 
     top = 0  # likeliest tokens to ask for at each place
+    top_setting = "method.k"  # where that number comes from
     whole = False  # whether to ask for whole distributions
 
     def __init__(self, config: ScoredObjective, text: StudentText, seed: int) -> None:
@@ -134,8 +152,14 @@ class Scored(Method):
     def lacking(self, offered: Capabilities) -> list[str]:
         """As of every method; and a tokenizer that can't be laid over text by bytes needs a teacher of the same."""
         own = self.text.vocabulary
+        few = offered.score and offered.topk < self.top and (offered.topk or "topk" not in self.needs)
         apart = "same tokenizer" not in self.needs and own.lossy and offered.vocabulary != own.digest
-        return [*super().lacking(offered), *([f"the student's own tokenizer ({own.lossy})"] if apart else [])]
+        wanted = f"the {self.top} likeliest tokens of given text (it has {offered.topk}: lower {self.top_setting})"
+        return [
+            *super().lacking(offered),
+            *([wanted] if few else []),
+            *([f"the student's own tokenizer ({own.lossy})"] if apart else []),
+        ]
 
     def cautions(self) -> list[str]:
         """None about a missing anchor: the teacher speaks about nearly every token."""
@@ -160,19 +184,26 @@ def finite(logprobs: Tensor) -> tuple[Tensor, Counter[str]]:
     return ~missing & ~infinite, Counter({MISSING: int(missing.sum()), INFINITE: int(infinite.sum())})
 
 
-def likelihoods(rollout: Rollout, scores: TokenScores, chunks: Sequence[AlignedChunk]) -> tuple[Tensor, Tensor]:
-    """`L_S` and `L_T`, each [C]: log-likelihoods of aligned chunks in nats; not finite where one of the teacher's is not."""
+def likelihoods(
+    rollout: Rollout, scores: TokenScores, chunks: Sequence[AlignedChunk], worth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`L_S` and `L_T`, each [C]: log-likelihoods of aligned chunks in nats; not finite where one of the teacher's is not.
+
+    `L_T` is that of the teacher's tokens, or of the bytes if the `worth` [T] of each student token is given (`by_bytes`).
+    """
     own = span_index([(chunk.start, chunk.end) for chunk in chunks], len(rollout))
-    theirs = span_index([(chunk.teacher_start, chunk.teacher_end) for chunk in chunks], len(scores.ids))
     count = len(chunks)
+    if worth is not None:
+        return span_sums(nats(rollout.logprobs), own, count), span_sums(worth, own, count)
+    theirs = span_index([(chunk.teacher_start, chunk.teacher_end) for chunk in chunks], len(scores.ids))
     return span_sums(nats(rollout.logprobs), own, count), span_sums(nats(scores.logprobs), theirs, count)
 
 
 def heard_chunks(
-    rollout: Rollout, scores: TokenScores, alignment: Alignment
+    rollout: Rollout, scores: TokenScores, alignment: Alignment, worth: Tensor | None = None
 ) -> tuple[tuple[AlignedChunk, ...], Counter[str]]:
     """The chunks of which every log-prob is a number, and the student's tokens in none of them, counted by reason."""
-    _, teacher = likelihoods(rollout, scores, alignment.chunks)
+    _, teacher = likelihoods(rollout, scores, alignment.chunks, worth)
     holes, heard = Counter(alignment.holes), []
     for chunk, total in zip(alignment.chunks, teacher.tolist(), strict=True):
         if abs(total) < float("inf"):  # false for nan, too
@@ -180,6 +211,18 @@ def heard_chunks(
         else:
             holes[MISSING if total != total else INFINITE] += chunk.end - chunk.start
     return tuple(heard), holes
+
+
+def by_bytes(rollout: Rollout, scores: TokenScores, vocabulary: Vocabulary) -> Tensor | None:
+    """What the teacher gives the bytes of each of the student's tokens, [T] in nats; None where no openings came.
+
+    Args:
+        vocabulary: the student's.
+    """
+    if not scores.openings:
+        return None
+    ends = vocabulary.spell(rollout.ids).ends
+    return nats(byte_scores(ends, scores, closes=scores.query.closes))
 
 
 def _warn_of_numbers(holes: Mapping[str, int], tokens: int) -> None:

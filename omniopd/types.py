@@ -224,7 +224,9 @@ class TokenScores:
     Either `ids` has tokens or `rejected` one reason. `ids` [n] are in the teacher's vocabulary. `ends` [n] counts the bytes
     of `query.text` that the tokens up to each have spelled; None where a token ends inside what the tokenizer changed.
     Tokens of no width spell nothing: the end of the turn, which is the last one where the query `closes`. `logprobs` [n] is
-    nan where there is no value. `top` [n] are the likeliest ids with their log-probs, where they were asked for.
+    nan where there is no value. `top` [n] are the likeliest ids with their log-probs, where they were asked for. With them,
+    where the teacher cut the text itself, come `openings` [n]: for b = 1 to all bytes of a token, the log-prob of all known
+    tokens that start with its first b bytes (see `omniopd.boundary`).
     """
 
     query: ScoreQuery
@@ -233,6 +235,7 @@ class TokenScores:
     logprobs: tuple[float, ...] = ()
     top: tuple[Mapping[int, float], ...] = ()
     distributions: Distributions | None = None
+    openings: tuple[tuple[float, ...], ...] = ()
     vocabulary: Vocabulary | None = None  # the teacher's; None in a replay
     rejected: Mapping[str, int] = field(default_factory=dict)
     usage: Usage = Usage()

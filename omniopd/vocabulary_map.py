@@ -66,13 +66,14 @@ class VocabularyMap:
         lengths = range(min(len(spelled), self._longest), 0, -1)
         return next((self._student[spelled[:n]] for n in lengths if spelled[:n] in self._student), NONE)
 
-    def _after(self, spelled: bytes) -> tuple[Tensor, Tensor]:
-        """Teacher ids that start with `spelled` [n], and the student token that what remains of each starts with [n].
+    def _after(self, spelled: bytes) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher ids that start with `spelled` [n], the student token that what remains of each starts with [n], and
+        whether nothing remains [n].
 
-        A teacher token of which nothing remains has none: what follows it, the teacher was not asked.
+        A teacher token of which nothing remains has no student token: what follows it, another row says.
         """
         if not spelled:
-            return torch.arange(self.size), self.prefix
+            return torch.arange(self.size), self.prefix, torch.zeros(self.size, dtype=torch.bool)
 
         def opening(word: tuple[bytes, int]) -> bytes:
             return word[0][: len(spelled)]
@@ -80,7 +81,8 @@ class VocabularyMap:
         first = bisect_left(self._words, spelled, key=opening)
         words = self._words[first : bisect_right(self._words, spelled, key=opening)]
         ids = torch.tensor([id for _, id in words], dtype=torch.long)
-        return ids, torch.tensor([self.longest_prefix(word[len(spelled) :]) for word, _ in words], dtype=torch.long)
+        students = torch.tensor([self.longest_prefix(word[len(spelled) :]) for word, _ in words], dtype=torch.long)
+        return ids, students, torch.tensor([word == spelled for word, _ in words])
 
 
 def spellers(vocabulary: Vocabulary) -> dict[bytes, int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from omniopd.boundary import openings_of
 from omniopd.model import split_model
 from omniopd.types import Distributions, Query, ScoreQuery, TokenScores
 from students.policy import Policy
@@ -19,8 +20,8 @@ def scored(teacher: Policy, query: Query) -> TokenScores:
     if query.vocabulary == vocabulary.digest:
         ids, ends = query.ids, vocabulary.spell(query.ids).ends
     else:
-        cut = vocabulary.cut(query.text)
-        ids, ends = cut.ids, cut.ends
+        spelling = vocabulary.cut(query.text)
+        ids, ends = spelling.ids, spelling.ends
         if query.closes:
             ids, ends = (*ids, teacher.end_id), (*ends, len(query.text.encode()))
     if not ids:
@@ -30,12 +31,16 @@ def scored(teacher: Policy, query: Query) -> TokenScores:
     hidden = body(torch.tensor([[*before, *ids]])).last_hidden_state[0, len(before) - 1 : -1]
     logp = head(hidden).float().log_softmax(-1)
     own = logp.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    top = tuple(_top(row, query.top) for row in logp) if query.top else ()
+    cut = query.vocabulary != vocabulary.digest
+    opened = [openings_of(id, float(p), near, vocabulary.bytes_of) for id, p, near in zip(ids, own, top, strict=False)]
     return TokenScores(
         query,
         ids=ids,
         ends=ends,
         logprobs=tuple(own.tolist()),
-        top=tuple(_top(row, query.top) for row in logp) if query.top else (),
+        top=top,
+        openings=tuple(opened) if cut else (),
         distributions=Distributions(hidden, head) if query.whole else None,
         vocabulary=vocabulary,
     )

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "omniopd/vocabulary.py": {"omniopd.errors", "omniopd.spelling"},
     "omniopd/vocabulary_map.py": SHARED,
     "omniopd/alignment.py": SHARED,
+    "omniopd/boundary.py": SHARED,
     "omniopd/credit.py": SHARED | {"omniopd.alignment"},
     "omniopd/targets/": SHARED | {"omniopd.losses", "omniopd.targets", "omniopd.alignment", "omniopd.vocabulary_map"},
     "omniopd/errors.py": set(),
@@ -39,7 +40,14 @@ MAY_IMPORT = {
     "omniopd/scores/": SHARED | {"omniopd.verification"},
     "omniopd/signals/": SHARED | {"omniopd.verification", "omniopd.signals"},
     "omniopd/scored.py": SHARED
-    | {"omniopd.alignment", "omniopd.credit", "omniopd.method", "omniopd.objective", "omniopd.scored_records"},
+    | {
+        "omniopd.alignment",
+        "omniopd.boundary",
+        "omniopd.credit",
+        "omniopd.method",
+        "omniopd.objective",
+        "omniopd.scored_records",
+    },
     "omniopd/scored_records.py": SHARED | {"omniopd.scored"},
     "omniopd/methods/": SHARED
     | {
@@ -52,13 +60,22 @@ MAY_IMPORT = {
         "omniopd.scored",
         "omniopd.mapped",
         "omniopd.alignment",
+        "omniopd.boundary",
         "omniopd.credit",
         "omniopd.losses",
         "omniopd.targets",
         "omniopd.vocabulary_map",
     },
     "teachers/": SHARED
-    | {"omniopd.store", "omniopd.ledger", "omniopd.chat", "omniopd.sampling", "omniopd.model", "teachers"},
+    | {
+        "omniopd.store",
+        "omniopd.ledger",
+        "omniopd.chat",
+        "omniopd.sampling",
+        "omniopd.model",
+        "omniopd.boundary",
+        "teachers",
+    },
     "students/": SHARED
     | {
         "omniopd.chat",

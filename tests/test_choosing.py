@@ -52,7 +52,11 @@ Make = Callable[..., RunConfig]
 def chosen(config: RunConfig) -> tuple[str | None, str, dict[str, Any]]:
     config, _ = settle(config)
     method = config.method.model_dump()
-    return config.signal, method["name"], {name: method[name] for name in ("form", "support", "k") if name in method}
+    return (
+        config.signal,
+        method["name"],
+        {name: method[name] for name in ("form", "support", "k", "openings") if name in method},
+    )
 
 
 # ---------------------------------------------------------------------- auto
@@ -65,8 +69,9 @@ def chosen(config: RunConfig) -> tuple[str | None, str, dict[str, Any]]:
         (Capabilities(score=True, topk=100), True, "topk", "opd", {"form": "dense", "support": "teacher", "k": 64}),
         (Capabilities(score=True, topk=20), True, "topk", "opd", {"form": "dense", "support": "teacher", "k": 20}),
         (Capabilities(score=True), True, "scores", "opd", {"form": "sampled", "support": "full", "k": 64}),
-        (FULL, False, "scores", "dpca", {}),
-        (Capabilities(score=True), False, "scores", "dpca", {}),
+        (FULL, False, "scores", "dpca", {"openings": 20}),
+        (Capabilities(score=True, topk=5), False, "scores", "dpca", {"openings": 5}),
+        (Capabilities(score=True), False, "scores", "dpca", {"openings": 0}),
         (TEXT, True, "continuations", "omniopd", {}),
         (TEXT, False, "continuations", "omniopd", {}),
         (Capabilities(continuation=None), True, "answers", "seqkd", {}),

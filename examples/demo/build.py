@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -57,6 +58,9 @@ STUDENT = Recipe("student", steps=1000, decay=False)
 TEACHER = Recipe("teacher", steps=3000, decay=True)
 SIBLING = Recipe("sibling", steps=3000, decay=True)
 COUSIN = Recipe("cousin", steps=3000, decay=True)
+BRIEFER = Recipe(
+    "cousin, briefer", steps=1500, decay=True, learning_rate=1.5e-3
+)  # numbers as tokens are harder to learn
 
 _STUDENT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -179,9 +183,11 @@ def student_messages(problem: Problem, rng: random.Random) -> tuple[list[dict[st
     return [{"role": "user", "content": problem.question}], problem.terse
 
 
-def teacher_messages(problem: Problem, rng: random.Random) -> tuple[list[dict[str, str]], str]:
+def teacher_messages(
+    problem: Problem, rng: random.Random, brief_share: float = 0.2
+) -> tuple[list[dict[str, str]], str]:
     user = {"role": "user", "content": problem.question}
-    if rng.random() < 0.2:
+    if rng.random() < brief_share:
         return [{"role": "system", "content": BRIEF}, user], problem.terse
     return [user], problem.wordy if rng.random() < WORDY_SHARE else problem.terse
 
@@ -252,6 +258,8 @@ def build(name: str, recipe: Recipe | None = None, target: Path | None = None) -
     messages = student_messages if name == "student" else teacher_messages
     print(f"{name}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     train(model, tokenizer, recipe, messages)
+    if name == "cousin":
+        train(model, tokenizer, BRIEFER, partial(teacher_messages, brief_share=0.7))
     target = target or HERE / name
     model.eval().save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -1,6 +1,6 @@
 """What a signal is worth: one student under teachers of its own and of another tokenizer, and of text alone.
 
-    python examples/measure/white_box.py [--steps 60] [--seeds 3] [--workers 2] [--only NAME ...]
+    python examples/measure/white_box.py [--steps 40] [--seeds 3] [--workers 2] [--only NAME ...]
 
 Every run has the same student, prompts, order, rate and rollout seeds; only the `teacher:` and `method:` blocks change. The
 sibling is the demo teacher's recipe with the student's own tokenizer, the cousin the recipe with numbers as single tokens.
@@ -27,14 +27,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, DOCS = ROOT / "runs" / "white_box", ROOT / "docs" / "results"
 STUDENT = "examples/demo/student"
+BRIEF = (
+    "Answer in equations only."  # the teachers write as the student does: what is compared is tokenizers, not manners
+)
 TEXT = {"name": "omniopd", "chunks": 3, "chunk_tokens": 6, "continuations": 6}
-ACROSS = ("dpca", "alm", "bpm", "gold", "uld")
+PUBLISHED = {
+    "dpca": {"openings": 0},
+    "alm": {"openings": 0},
+    "bpm": {"boundary": False},
+}  # the teacher's token at its word
+ACROSS = {name.upper(): {"name": name} for name in ("dpca", "alm", "bpm", "gold", "uld")}
 
 # Each teacher of examples/demo with the methods that are tried on it, named as in the table.
 TEACHERS: dict[str, dict[str, dict[str, Any]]] = {
     "sibling": {"OPD, sampled": {"name": "opd"}, "OPD, dense": {"name": "opd", "form": "dense"}},
-    "cousin": {name.upper(): {"name": name} for name in ACROSS} | {"text only": TEXT},
-    "teacher": {name.upper(): {"name": name} for name in ACROSS},
+    "cousin": {
+        **ACROSS,
+        "text only": TEXT,
+        **{f"{name.upper()}, published": {"name": name, **settings} for name, settings in PUBLISHED.items()},
+    },
+    "teacher": ACROSS,
 }
 SAME = "sibling"  # the one with the student's tokenizer
 
@@ -74,7 +86,7 @@ class Job:
         """The run's configuration. Only the blocks `teacher:` and `method:` differ between two methods of one seed."""
         return {
             "student": {"path": STUDENT, "max_new_tokens": 64},
-            "teacher": {"type": "transformers", "path": f"examples/demo/{self.teacher}"},
+            "teacher": {"type": "transformers", "path": f"examples/demo/{self.teacher}", "system": BRIEF},
             "task": {"type": "arithmetic"},
             "method": TEACHERS[self.teacher][self.method],
             "train": {
@@ -83,7 +95,7 @@ class Job:
                 "learning_rate": self.rate,
                 "save_every": self.steps,
             },
-            "eval": {"problems": 500, "every": 15, "every_problems": 200},
+            "eval": {"problems": 500, "every": 10, "every_problems": 200},
             "output": str(self.folder),
             "seed": self.seed,
         }
@@ -179,7 +191,7 @@ def gain(group: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     """Make the runs, then the files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4])

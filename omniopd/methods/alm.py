@@ -16,27 +16,24 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from omniopd.alignment import MAX_CHUNK_TOKENS, AlignedChunk, align_scores
+from omniopd.alignment import AlignedChunk, align_scores
 from omniopd.credit import span_index, spread
 from omniopd.losses.alm import TAU, alm_loss, alm_slope
 from omniopd.method import StudentText
 from omniopd.objective import Objective
 from omniopd.registry import METHODS
-from omniopd.scored import Reading, Scored, ScoredObjective, heard_chunks, likelihoods
+from omniopd.scored import ChunkObjective, Reading, Scored, by_bytes, heard_chunks, likelihoods
 from omniopd.types import Rollout, TokenScores
 from omniopd.vocabulary import Spelling
 
 
-class AlmConfig(ScoredObjective):
+class AlmConfig(ChunkObjective):
     """Which chunks are compared, and how."""
 
     name: Literal["alm"] = "alm"
     tau: float = Field(default=TAU, gt=0, description="temperature of the chunks' likelihoods")
     chunks: Literal["minimal", "words"] = Field(
         default="minimal", description="minimal: between all common boundaries; words: merged up to the next space"
-    )
-    max_chunk_tokens: int = Field(
-        default=MAX_CHUNK_TOKENS, ge=1, description="a minimal chunk with more tokens on either side has no signal"
     )
 
 
@@ -46,19 +43,21 @@ class Alm(Scored):
 
     Config: ClassVar[type[Objective]] = AlmConfig
     needs = frozenset({"score"})
+    top_setting = "method.openings"
 
     def __init__(self, config: AlmConfig, text: StudentText, seed: int) -> None:
         super().__init__(config, text, seed)
-        self.config = config
+        self.config, self.top = config, config.openings
 
     def place(self, rollout: Rollout, scores: TokenScores) -> Reading:
         """Align, merge, compare: the loss's slope on each token of a chunk."""
         config, vocabulary = self.config, self.text.vocabulary
         alignment = align_scores(rollout, scores, vocabulary, max_tokens=config.max_chunk_tokens)
-        chunks, holes = heard_chunks(rollout, scores, alignment)
+        worth = by_bytes(rollout, scores, self.text.vocabulary)
+        chunks, holes = heard_chunks(rollout, scores, alignment, worth)
         if config.chunks == "words":
             chunks = words(chunks, vocabulary.spell(rollout.ids))
-        own, theirs = likelihoods(rollout, scores, chunks)
+        own, theirs = likelihoods(rollout, scores, chunks, worth)
         index = span_index([(chunk.start, chunk.end) for chunk in chunks], len(rollout))
         values = spread(alm_slope(own, theirs, config.tau), index)
         figures = {"alm_loss": alm_loss(own, theirs, config.tau)}

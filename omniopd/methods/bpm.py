@@ -11,6 +11,7 @@ sides this is the dense form of `opd`, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import ClassVar, Literal
 
@@ -41,6 +42,11 @@ class BpmConfig(MappedObjective):
         "student's own tokenizer",
     )
     beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: the teacher's share of m")
+    boundary: bool = Field(
+        default=True,
+        description="where the teacher's token could have been longer, what remains of the longer ones is part of the target "
+        "[ours]; false takes its token at its word, as published",
+    )
     mask_blanks: bool = Field(
         default=True,
         description="no signal where the student wrote only spaces or tabs, whose runs are a teacher's habit",
@@ -74,7 +80,10 @@ class Bpm(Mapped):
         found: list[Place | None] = [None] * len(laid.rollout)
         holes, exact, shorter = laid.holes.copy(), [], []
         for spelled in laid.heard:
-            there = places(spelled.student, spelled.teacher, spelled.chunk.teacher_start)
+            first = spelled.chunk.teacher_start
+            there = places(spelled.student, spelled.teacher, first, self._bytes(laid, first - 1) if first else b"")
+            if not self.config.boundary:
+                there = [replace(place, before=b"") for place in there]
             for t, token, place in zip(count(spelled.chunk.start), spelled.student, there, strict=False):
                 mapped = laid.words.student_of(laid.scores.ids[place.row], place.spelled)
                 if self.config.mask_blanks and token and not token.strip(b" \t"):
@@ -94,6 +103,12 @@ class Bpm(Mapped):
             log_ratios=theirs - own,
             figures={"exact_share": torch.tensor(exact).double(), "shorter_share": torch.tensor(shorter).double()},
         )
+
+    @staticmethod
+    def _bytes(laid: Laid, row: int) -> bytes:
+        """What the teacher's token of a row spells."""
+        assert laid.scores.vocabulary is not None  # see `Mapped.place`
+        return laid.scores.vocabulary.bytes_of[laid.scores.ids[row]]
 
     def _target(self, laid: Laid, found: Sequence[Place | None]) -> Target:
         kind, beta = self.config.divergence, self.config.beta

@@ -22,12 +22,10 @@ from torch import Tensor
 from omniopd.method import StudentText
 from omniopd.objective import Objective
 from omniopd.registry import METHODS
-from omniopd.scored import MISSING, Reading, Scored, ScoredObjective, finite, nats
+from omniopd.scored import MISSING, RETOKENIZED, Reading, Scored, ScoredObjective, finite, nats
 from omniopd.targets.full import FullTarget
 from omniopd.targets.subset import SubsetTarget, TopKTarget
-from omniopd.types import Capabilities, Rollout, Target, TokenScores
-
-RETOKENIZED = "retokenized"  # the teacher scored other ids than those that were sent (trap R4)
+from omniopd.types import Rollout, Target, TokenScores
 
 
 class OpdConfig(ScoredObjective):
@@ -118,10 +116,6 @@ class Opd(Scored):
         self.whole = config.form == "dense" and not by_teacher
         kind = "score" if config.form == "sampled" else "topk" if by_teacher else "logits"
         self.needs = frozenset({kind, "same tokenizer"})
-
-    def lacking(self, offered: Capabilities) -> list[str]:
-        few = f"topk of {self.top} (method.k; it offers {offered.topk})"
-        return [*super().lacking(offered), *([few] if 0 < offered.topk < self.top else [])]
 
     def cautions(self) -> list[str]:
         config, said = self.config, []

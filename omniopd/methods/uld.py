@@ -47,6 +47,9 @@ class Uld(Scored):
         super().__init__(config, text, seed)
         self.config = config
 
+    def describe(self) -> str:
+        return "whole distributions, sorted, position by position"
+
     def cautions(self) -> list[str]:
         said = [
             *super().cautions(),

@@ -2,7 +2,8 @@
 
 Where a student position lies in the teacher's tokens decides what is read (arXiv 2607.22334 [second-hand], the rest [ours]):
 
-- at a boundary: the teacher's next-token distribution, mapped
+- at a boundary: the teacher's next-token distribution, mapped. If the token before it opens longer ones, their part comes
+  from what remains of these: the student need not have known that the teacher would stop there (`omniopd.boundary`)
 - inside a token, after the bytes r of it: the teacher's tokens that start with r, renormalised; what remains of each is
   mapped. Teacher tokens that are r itself go to the residual, since what would follow them was not asked
 
@@ -32,27 +33,32 @@ from omniopd.vocabulary_map import VocabularyMap
 class Place:
     """Where a student position reads the teacher: the row, and the bytes of that row's token that are already spelled.
 
-    `exact` says that the chunk's bytes up to here are the opening of one teacher token.
+    `exact` says that the chunk's bytes up to here are the opening of one teacher token. `before` is what the teacher's token
+    in front of a boundary spells; b"" inside a token, and where there is none.
     """
 
     row: int
     spelled: bytes
     exact: bool
+    before: bytes = b""
 
 
-def places(student: Sequence[bytes], teacher: Sequence[bytes], first_row: int) -> list[Place]:
+def places(student: Sequence[bytes], teacher: Sequence[bytes], first_row: int, before: bytes = b"") -> list[Place]:
     """Where each student position of a chunk reads the teacher.
 
     Args:
         student, teacher: what each token of the chunk spells on either side, the same in all.
         first_row: of the chunk's teacher tokens.
+        before: what the teacher's token in front of the chunk spells.
     """
     starts = list(accumulate(map(len, teacher), initial=0))
     found, row, at = [], 0, 0
     for token in student:
         while row + 1 < len(teacher) and starts[row + 1] <= at:
             row += 1
-        found.append(Place(first_row + row, teacher[row][: at - starts[row]], exact=row == 0))
+        spelled = teacher[row][: at - starts[row]]
+        front = teacher[row - 1] if row else before
+        found.append(Place(first_row + row, spelled, exact=row == 0, before=b"" if spelled else front))
         at += len(token)
     return found
 
@@ -84,11 +90,24 @@ class BytePrefixTarget:
     @torch.no_grad()
     def mapped(self, places: Sequence[Place], logits: Tensor) -> tuple[Tensor, Tensor]:
         """What the teacher gives each student token at these places, [r, V], and the residual [r]."""
-        teacher = teacher_logits(self.distributions, [place.row for place in places], self.words.size, logits)
+        target, residual, _ = self._after([(place.row, place.spelled) for place in places], logits)
+        opened = [i for i, place in enumerate(places) if place.before and len(self.words.after(place.before)[0]) > 1]
+        if opened:
+            longer, lost, ended = self._after([(places[i].row - 1, places[i].before) for i in opened], logits)
+            target[opened] = longer + ended[:, None] * target[opened]
+            residual[opened] = lost - ended + ended * residual[opened]
+        return target, residual
+
+    def _after(self, read: Sequence[tuple[int, bytes]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row, once some bytes of its token are spelled: mapped mass, residual, and the part of it that is the token
+        of just these bytes."""
+        teacher = teacher_logits(self.distributions, [row for row, _ in read], self.words.size, logits)
         target, residual = teacher.new_zeros(len(teacher), logits.shape[-1]), teacher.new_zeros(len(teacher))
-        for spelled in dict.fromkeys(place.spelled for place in places):
-            rows = [row for row, place in enumerate(places) if place.spelled == spelled]
-            ids, students = (part.to(teacher.device) for part in self.words.after(spelled))
+        ended = torch.zeros_like(residual)
+        for spelled in dict.fromkeys(spelled for _, spelled in read):
+            rows = [row for row, (_, own) in enumerate(read) if own == spelled]
+            ids, students, over = (part.to(teacher.device) for part in self.words.after(spelled))
             open_ = teacher[rows][:, ids] if spelled else teacher[rows]
             target[rows], residual[rows] = mapped_mass(open_, students, logits.shape[-1])
-        return target, residual
+            ended[rows] = (open_.softmax(-1) * over).sum(-1)
+        return target, residual, ended

@@ -85,15 +85,17 @@ def _build_llama_server(programs: Path) -> None:
 
 
 @contextmanager
-def vllm() -> Iterator[str]:
-    """vLLM on the CPU: OpenAI's routes under `/v1`, Anthropic's `/v1/messages`, `/tokenize`. Yields the base URL.
+def vllm(folder: Path = TEACHER) -> Iterator[str]:
+    """A demo teacher by vLLM on the CPU: OpenAI's routes under `/v1`, Anthropic's `/v1/messages`, `/tokenize`.
+
+    Yields the base URL.
 
     A last assistant message is continued unless `chat_template_kwargs: {"open_turn": false}` asks for the closed turn
     of the teacher's own template: see `open_turn.jinja`.
     """
     python = environment("vllm") / "bin" / "python"
     with tempfile.TemporaryDirectory() as scratch:
-        model = padded(TEACHER, Path(scratch) / "teacher")
+        model = padded(folder, Path(scratch) / "teacher")
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", MODEL]
         command += ["--dtype", "float32", "--chat-template", HERE / "open_turn.jinja", "--enable-prompt-tokens-details"]
         command += ["--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]

@@ -47,7 +47,7 @@ def rows_of(student: Policy) -> list[Rollout]:
 
 
 def asked(student: Policy, teacher: Policy, rows: Sequence[Rollout]) -> list[TokenScores]:
-    return [scored(teacher, query) for query in method_of(student).audit(rows, 1)]
+    return [scored(teacher, query) for query in method_of(student, openings=0).audit(rows, 1)]
 
 
 def gradient_of(student: Policy) -> Tensor:

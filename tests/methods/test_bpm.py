@@ -73,7 +73,7 @@ def test_blanks_are_masked_unless_wanted(student: Policy, teacher: Policy) -> No
 def test_the_end_of_the_turn_maps_by_role(student: Policy, teacher: Policy) -> None:
     """At every boundary, the teacher's probability of its own end is the student's target for its own end."""
     rows = rows_of(student)
-    method = built(student, name="bpm")
+    method = built(student, name="bpm", boundary=False)
     evidence = evidence_of(method, teacher, rows)
     signal = method.read(rows, evidence, 1)
     for row, found, target in zip(rows, evidence, signal.targets, strict=True):
@@ -91,7 +91,7 @@ def test_the_end_of_the_turn_maps_by_role(student: Policy, teacher: Policy) -> N
 def test_the_target_at_each_place_against_loops_over_the_vocabulary(student: Policy, teacher: Policy) -> None:
     """Real tokenizers of two families: every teacher token is tried against every student token."""
     rows = rows_of(student)[1:2]
-    method = built(student, name="bpm")
+    method = built(student, name="bpm", boundary=False)
     (found,) = evidence_of(method, teacher, rows)
     (target,) = method.read(rows, [found], 1).targets
     assert isinstance(target, BytePrefixTarget)

@@ -16,6 +16,7 @@ from scored_by import scored
 from torch import Tensor
 
 from omniopd.alignment import align_scores
+from omniopd.boundary import byte_scores
 from omniopd.credit import Credit
 from omniopd.methods.alm import Alm, AlmConfig
 from omniopd.methods.dpca import Dpca, DpcaConfig
@@ -57,8 +58,8 @@ def read(student: Policy, rows: Sequence[Rollout], evidence: Sequence[TokenScore
     return method_of(student, **config).read(rows, evidence, 1)
 
 
-def asked(student: Policy, teacher: Policy, rows: Sequence[Rollout]) -> list[TokenScores]:
-    return [scored(teacher, query) for query in method_of(student).audit(rows, 1)]
+def asked(student: Policy, teacher: Policy, rows: Sequence[Rollout], openings: int = 0) -> list[TokenScores]:
+    return [scored(teacher, query) for query in method_of(student, openings=openings).audit(rows, 1)]
 
 
 def by_hand(
@@ -129,6 +130,24 @@ def test_advantages_of_a_chunk_add_up_to_its_log_ratio(pair: tuple[Policy, Polic
             assert values[chunk.start : chunk.end].sum().item() == pytest.approx(theirs - own, abs=1e-5)
             chunks += chunk.end - chunk.start > 1
     assert chunks >= 5
+
+
+def test_with_openings_every_token_has_a_number_of_its_own(pair: tuple[Policy, Policy]) -> None:
+    """They add up to the response's log-ratio, too, and are shared out otherwise than by `share`."""
+    student, teacher = pair
+    rows = rows_of(student)
+    evidence = asked(student, teacher, rows, openings=20)
+    signal, shared = (read(student, rows, evidence, credit=credit) for credit in ("bytes", "share"))
+    assert signal.rejects == shared.rejects == {}
+    apart = 0
+    for row, found, values, other in zip(rows, evidence, signal.values_BT, shared.values_BT, strict=True):
+        worth = byte_scores(student.vocabulary.spell(row.ids).ends, found, closes=row.finish == "stop")
+        assert values.tolist() == pytest.approx([u - p for u, p in zip(worth, row.logprobs, strict=True)], abs=1e-5)
+        assert values.sum().item() == pytest.approx(other.sum().item(), abs=1e-4)
+        apart += not torch.allclose(values, other)
+        if row.finish == "stop":
+            assert values.sum().item() == pytest.approx(sum(found.logprobs) - sum(row.logprobs), abs=1e-4)
+    assert apart
 
 
 def test_eight_4_a_canary_lands_on_the_tokens_that_spell_its_bytes(pair: tuple[Policy, Policy]) -> None:
@@ -228,13 +247,14 @@ def test_o6_r17_another_teacher_gives_another_loss_and_another_gradient(llama: P
 def test_any_tokenizer_will_do_unless_the_students_cannot_be_laid_over_text(method: Any) -> None:
     plain = SimpleNamespace(digest="one", lossy="")
     lossy = SimpleNamespace(digest="one", lossy="it writes capitals as small letters")
-    other, own = Capabilities(score=True, vocabulary="two"), Capabilities(score=True, vocabulary="one")
+    other, own = (Capabilities(score=True, topk=20, vocabulary=name) for name in ("two", "one"))
     for vocabulary, offered, lacking in [
         (plain, other, 0),
         (plain, own, 0),
         (lossy, own, 0),
         (lossy, other, 1),
         (plain, Capabilities(vocabulary="one"), 1),
+        (plain, replace(other, topk=5), 1),
     ]:
         method.text = SimpleNamespace(vocabulary=vocabulary)
         assert len(method.lacking(offered)) == lacking
@@ -247,7 +267,8 @@ def _said(method: Any, vocabulary: Any, offered: Capabilities) -> str:
     return str(said)
 
 
-def test_it_asks_for_log_probs_only(llama: Policy) -> None:
-    for query in method_of(llama).audit(rows_of(llama), 1):
+@pytest.mark.parametrize("openings", [0, 20])
+def test_it_asks_for_log_probs_and_what_openings_need(llama: Policy, openings: int) -> None:
+    for query in method_of(llama, openings=openings).audit(rows_of(llama), 1):
         assert isinstance(query, ScoreQuery)
-        assert (query.top, query.whole) == (0, False)
+        assert (query.top, query.whole) == (openings, False)

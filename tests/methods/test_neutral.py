@@ -32,11 +32,13 @@ from students.trainer import OptimizerSettings, Trainer
 SAMPLED: dict[str, Any] = {"name": "opd"}
 DENSE: dict[str, Any] = {"name": "opd", "form": "dense"}
 NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"name": "dpca"}, SAMPLED),
-    ({"name": "dpca", "credit": "uniform"}, SAMPLED),
-    ({"name": "dpca", "credit": "full", "max_chunk_tokens": 1}, SAMPLED),
+    ({"name": "dpca", "openings": 0}, SAMPLED),
+    ({"name": "dpca", "openings": 0, "credit": "uniform"}, SAMPLED),
+    ({"name": "dpca", "openings": 0, "credit": "full", "max_chunk_tokens": 1}, SAMPLED),
     ({"name": "opd", "estimator": "k2"}, SAMPLED),
     ({"name": "opd", "form": "dense", "divergence": "jsd", "beta": 1.0}, DENSE),
+    ({"name": "bpm", "divergence": "reverse", "mask_blanks": False}, DENSE),
+    ({"name": "gold", "beta": 1.0}, DENSE),
 ]
 
 

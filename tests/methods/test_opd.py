@@ -176,7 +176,7 @@ def test_r18_each_form_asks_for_what_it_reads(student: Policy) -> None:
         "teacher": [],
     }
     (few,) = method_of(student, form="dense", support="teacher", k=21).lacking(server)
-    assert "topk of 21" in few and "it offers 20" in few
+    assert "the 21 likeliest" in few and "it has 20: lower method.k" in few
     for config in FORMS:
         assert method_of(student, **config).lacking(weights) == []
         assert "same tokenizer" in method_of(student, **config).lacking(replace(weights, vocabulary="other"))

@@ -291,3 +291,31 @@ def test_o11_rows_stay_finite_where_the_teacher_is_certain() -> None:
     torch.testing.assert_close(found.detach(), torch.stack([-logp[0, 1], torch.zeros(()), -logp[2, 4]]))
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------ the boundary behind a token that opens longer ones
+
+
+def test_behind_a_token_that_opens_longer_ones_these_have_their_part() -> None:
+    """The student is behind "ab", which the teacher cut as one token: it could have been "abc"."""
+    rows = drawn(2, W).softmax(-1)
+    ab, abc = float(rows[0, 0]), float(rows[0, 1])
+    plain, lost = target_of([], rows.log()).mapped([Place(1, b"", False)], drawn(1, V))
+    target, residual = target_of([], rows.log()).mapped([Place(1, b"", False, before=b"ab")], drawn(1, V))
+    expected = plain[0] * ab / (ab + abc)
+    expected[4] += abc / (ab + abc)  # the student's "c"
+    torch.testing.assert_close(target[0], expected)
+    assert float(residual) == pytest.approx(float(lost) * ab / (ab + abc))
+    assert float(target.sum() + residual) == pytest.approx(1)
+
+
+def test_behind_a_token_that_opens_nothing_the_row_is_as_it_was() -> None:
+    rows = drawn(2, W)
+    plain = target_of([], rows).mapped([Place(1, b"", False)], drawn(1, V))
+    behind = target_of([], rows).mapped([Place(1, b"", False, before=b"abc")], drawn(1, V))
+    assert all(torch.equal(one, other) for one, other in zip(plain, behind, strict=True))
+
+
+def test_places_say_what_the_teacher_wrote_before_each_boundary() -> None:
+    found = places([b"a", b"b", b"c", b"c"], [b"ab", b"c", b"c"], 3, b"zz")
+    assert [place.before for place in found] == [b"zz", b"", b"ab", b"c"]

@@ -329,7 +329,7 @@ def test_r10_no_value_is_nan_never_zero(folders: dict[str, str]) -> None:
     given = passage(Manner("f", "raw", None, 1.0, 1.0, vocabulary=asked.vocabulary).ask(asked), chat)
     values = (None, math.nan, *[-0.5] * (len(given.ids) - 2))
     draw = draw_of(given, Scores(values, ({},) * len(given.ids)), chat.vocabulary)
-    assert [value for _, value, _, _ in json.loads(json.dumps(draw.tokens))][:2] == [None, None]
+    assert [value for _, value, *_ in json.loads(json.dumps(draw.tokens))][:2] == [None, None]
     found = token_scores(asked, draw, Usage(), None)
     assert [math.isnan(value) for value in found.logprobs] == [True, True, *[False] * (len(given.ids) - 2)]
     with pytest.raises(ValueError, match="shorter"):  # trap R11
@@ -437,9 +437,26 @@ def test_a_replay_says_what_was_recorded_with_its_holes(bench: Any, make: Any) -
 
 
 def test_a_replay_of_text_that_the_teacher_cut(bench: Any, make: Any) -> None:
-    (first,) = gather(make(tokenizer="other")[0], query())
-    (second,) = gather(replayed(bench.path), query())
+    (first,) = gather(make(tokenizer="other")[0], query(top=3))
+    (second,) = gather(replayed(bench.path), query(top=3))
     assert (first.ids, first.ends, first.logprobs) == (second.ids, second.ends, second.logprobs)
+    assert (first.top, first.openings) == (second.top, second.openings)
+
+
+def test_openings_come_with_the_likeliest_tokens_of_text_that_the_teacher_cut(make: Any) -> None:
+    """What a token's bytes are worth: at every place the three likelier tokens of this server, where they start with them."""
+    (found,) = gather(make(tokenizer="other")[0], query(top=3))
+    bytes_of = found.vocabulary.bytes_of
+    assert len(found.openings) == len(found.ids)
+    for id, own, near, openings in zip(found.ids, found.logprobs, found.top, found.openings, strict=True):
+        assert len(openings) == max(1, len(bytes_of[id]))
+        for size, opening in enumerate(openings, start=1):
+            alike = [p for other, p in near.items() if other != id and bytes_of[other][:size] == bytes_of[id][:size]]
+            alike = alike if bytes_of[id] else []
+            assert opening == pytest.approx(math.log(sum(map(math.exp, [own, *alike]))), abs=1e-6)
+    (plain,) = gather(make(tokenizer="other")[0], query())
+    (same,) = gather(make()[0], query(top=3))
+    assert plain.openings == same.openings == ()
 
 
 def test_an_older_recording_holds_no_scores(bench: Any, make: Any) -> None:
