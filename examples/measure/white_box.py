@@ -5,7 +5,7 @@
 Every run has the same student, prompts, order, rate and rollout seeds; only the `teacher:` and `method:` blocks change. The
 sibling is the demo teacher's recipe with the student's own tokenizer, the cousin the recipe with numbers as single tokens.
 Each run is `omniopd train` in a process of its own with one thread; finished ones are kept in runs/white_box, so the command
-can be stopped and called again. Writes docs/results/white_box.json and prints the page's table.
+can be stopped and called again. Writes docs/results/white_box.json with its picture, and prints the page's table.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
+
+from lines import Point, panels
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, DOCS = ROOT / "runs" / "white_box", ROOT / "docs" / "results"
@@ -46,7 +48,7 @@ TEACHERS: dict[str, dict[str, dict[str, Any]]] = {
         "text only": TEXT,
         **{f"{name.upper()}, published": {"name": name, **settings} for name, settings in PUBLISHED.items()},
     },
-    "teacher": ACROSS,
+    "teacher": {**ACROSS, "text only": TEXT},
 }
 SAME = "sibling"  # the one with the student's tokenizer
 
@@ -183,6 +185,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def curves(rows: Sequence[dict[str, Any]], teachers: Sequence[str], x: str) -> dict[str, list[Point]]:
+    """Of each method of these teachers its accuracy, in percent, at the x of the first seed; a value per seed."""
+    lines: dict[str, list[Point]] = {}
+    groups = groupby(rows, key=lambda row: (row["teacher"], row["method"], row["learning_rate"]))
+    for (teacher, method, _), group in groups:
+        runs = [row["curve"] for row in group]
+        if teacher in teachers:
+            lines[method] = [
+                (places[0][x] / (1000 if x == "teacher_tokens" else 1), [100 * place["accuracy"] for place in places])
+                for places in zip(*runs, strict=True)
+            ]
+    return lines
+
+
+def picture(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy over steps under each teacher of another tokenizer, and over teacher tokens, beside the same tokenizer's."""
+    shown = [teacher for teacher in TEACHERS if teacher != SAME and any(row["teacher"] == teacher for row in rows)]
+    panel = [(f"{name} and {SAME}", "steps", curves(rows, (SAME, name), "step")) for name in shown]
+    tokens = curves(rows, (SAME, shown[-1]), "teacher_tokens")
+    return panels("accuracy", [*panel, (f"{shown[-1]} and {SAME}", "thousand teacher tokens", tokens)])
+
+
 def gain(group: Sequence[dict[str, Any]]) -> float:
     """Mean gain in points."""
     return 100 * statistics.fmean(row["after"] - row["before"] for row in group)
@@ -211,6 +235,7 @@ def main() -> None:
         list(pool.map(work, jobs(arguments)))
     rows = [found[job] for job in sorted(found, key=lambda job: (job.place, job.seed)) if "after" in found[job]]
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    arguments.out.with_suffix(".svg").write_text(picture(rows), encoding="utf-8")
     print(table(rows))
 
 
