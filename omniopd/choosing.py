@@ -61,11 +61,13 @@ _WHOLE = {"form": ("dense",), "support": ("full", "student", "common")}
 WAYS = (
     Way("logits", "logits", "opd", _WHOLE, same_tokenizer=True),
     Way("topk", "topk", "opd", {"form": ("dense",), "support": ("teacher",)}, top=TOP, same_tokenizer=True),
+    Way(
+        "logits", "logits", "bpm"
+    ),  # of another tokenizer: measured to be worth more than scores (docs/results/white_box.md)
     Way("scores", "score", "opd", {"form": ("sampled",)}, same_tokenizer=True),
     Way("scores", "score", "dpca", top=OPENINGS, top_setting="openings"),
     Way("continuations", "continuation", "omniopd"),
     Way("answers", "answer", "seqkd"),
-    Way("logits", "logits", "bpm"),  # behind answers, which every teacher has: only where logits are asked for
 )
 _KIND = {way.need: way.kind for way in WAYS}  # the richest first
 _LACKS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def chosen(config: RunConfig) -> tuple[str | None, str, dict[str, Any]]:
         (Capabilities(score=True, topk=100), True, "topk", "opd", {"form": "dense", "support": "teacher", "k": 64}),
         (Capabilities(score=True, topk=20), True, "topk", "opd", {"form": "dense", "support": "teacher", "k": 20}),
         (Capabilities(score=True), True, "scores", "opd", {"form": "sampled", "support": "full", "k": 64}),
-        (FULL, False, "scores", "dpca", {"openings": 20}),
+        (FULL, False, "logits", "bpm", {}),
+        (replace(FULL, logits=False), False, "scores", "dpca", {"openings": 20}),
         (Capabilities(score=True, topk=5), False, "scores", "dpca", {"openings": 5}),
         (Capabilities(score=True), False, "scores", "dpca", {"openings": 0}),
         (TEXT, True, "continuations", "omniopd", {}),
@@ -250,7 +252,7 @@ def test_several_teachers_give_what_all_of_them_give(make: Make, llama_folder: P
         return make(TEXT, teacher={"type": "routed", "teachers": parts, "weights": dict.fromkeys(parts, 1)})
 
     assert chosen(routed(llama_folder, llama_folder))[0] == "logits"
-    assert chosen(routed(llama_folder, qwen_folder))[:2] == ("scores", "dpca")
+    assert chosen(routed(llama_folder, qwen_folder))[:2] == ("logits", "bpm")
 
 
 def test_a_recording_is_not_guessed_at(make: Make) -> None:

@@ -15,7 +15,10 @@ COLOURS = ("#1b4f91", "#c62f2f", "#3c7d3c", "#b7791f", "#6b46a3", "#0e7c86", "#8
 def panels(title: str, drawn: Sequence[tuple[str, str, Mapping[str, Sequence[Point]]]]) -> str:
     """Panels side by side, each (title, name of the x axis, points of each series); one legend for all."""
     names = list(dict.fromkeys(name for _, _, series in drawn for name in series))
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    pen = {  # what comes after the last colour is dashed
+        name: f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * (i >= len(COLOURS))
+        for i, name in enumerate(names)
+    }
     rows = (len(names) + 3) // 4
     width, height = WIDTH * len(drawn), HEIGHT + 22 * rows
     parts = [
@@ -24,17 +27,15 @@ def panels(title: str, drawn: Sequence[tuple[str, str, Mapping[str, Sequence[Poi
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
     for place, (heading, x_name, series) in enumerate(drawn):
-        parts += [f'<g transform="translate({WIDTH * place} 0)">', *_panel(heading, x_name, series, colour), "</g>"]
+        parts += [f'<g transform="translate({WIDTH * place} 0)">', *_panel(heading, x_name, series, pen), "</g>"]
     for place, name in enumerate(names):
         x, y = LEFT + width / 4 * (place % 4), HEIGHT + 10 + 22 * (place // 4)
-        parts.append(f'<path d="M{x},{y}h22" stroke="{colour[name]}" stroke-width="3"/>')
+        parts.append(f'<path d="M{x},{y}h22" {pen[name]} stroke-width="3"/>')
         parts.append(f'<text x="{x + 28}" y="{y + 5}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(
-    heading: str, x_name: str, series: Mapping[str, Sequence[Point]], colour: Mapping[str, str]
-) -> Iterator[str]:
+def _panel(heading: str, x_name: str, series: Mapping[str, Sequence[Point]], pen: Mapping[str, str]) -> Iterator[str]:
     right = max(x for points in series.values() for x, _ in points)
     top = max(10.0, max(y for points in series.values() for _, ys in points for y in ys))
     top = 10 * -(-top // 10)
@@ -55,6 +56,7 @@ def _panel(
     yield f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_name)}</text>'
     for name, points in series.items():
         band = [at(x, max(ys)) for x, ys in points] + [at(x, min(ys)) for x, ys in reversed(points)]
-        yield f'<polygon points="{" ".join(band)}" fill="{colour[name]}" opacity="0.12"/>'
+        fill = pen[name].split('"')[1]
+        yield f'<polygon points="{" ".join(band)}" fill="{fill}" opacity="0.12"/>'
         line = " ".join(at(x, sum(ys) / len(ys)) for x, ys in points)
-        yield f'<polyline points="{line}" fill="none" stroke="{colour[name]}" stroke-width="2"/>'
+        yield f'<polyline points="{line}" fill="none" {pen[name]} stroke-width="2"/>'

@@ -106,12 +106,13 @@ class Job:
 def jobs(arguments: argparse.Namespace) -> list[Job]:
     """Every run, first seeds first, so that an early stop still leaves a whole table."""
     return [
-        Job(seed, teacher, method, rate, arguments.steps)
+        job
         for seed in range(arguments.seeds)
         for teacher in arguments.teachers
         for method in TEACHERS[teacher]
         for rate in arguments.rates
         if not arguments.only or any(part in method for part in arguments.only)
+        if (job := Job(seed, teacher, method, rate, arguments.steps)).finished or not arguments.finished
     ]
 
 
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS), default=list(TEACHERS))
     parser.add_argument("--only", nargs="*", default=[], help="methods whose name contains one of these")
+    parser.add_argument("--finished", action="store_true", help="run nothing: the files of the runs that there are")
     parser.add_argument("--out", type=Path, default=DOCS / "white_box.json")
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from omniopd.losses.divergence import generalised_jsd
+from omniopd.losses.likelihood import log_probs
 
 FLOOR = 1e-8  # GOLD reads no probability as less, in logs and in products [official code]
 
@@ -40,16 +41,21 @@ def mapped_mass(teacher_logits: Tensor, students: Tensor, size: int) -> tuple[Te
     return total[:, :size], total[:, size]
 
 
-def mapped_divergence(target: Tensor, residual: Tensor, logits: Tensor, beta: float = 0.0) -> Tensor:
-    """`(1 - residual) JSD_beta(t / (1 - residual), p)` over the whole student vocabulary, in nats, [r].
+def mapped_divergence(
+    target: Tensor, residual: Tensor, logits: Tensor, beta: float = 0.0, mapped: Tensor | None = None
+) -> Tensor:
+    """`JSD_beta` of the mapped teacher and the student with the residual as one more outcome, in nats, [r].
 
-    At beta = 0 that is the forward KL. About its residual the teacher says nothing, so the student keeps its own
-    proportions: the gradient is that of the bare `sum_u t(u) log(t(u) / p(u))`, which is less by a constant and negative
-    where the two agree. A row whose mass is all residual gives 0. [ours]
+    The student's share of that outcome is what it gives to tokens that no teacher token maps to: within a number that the
+    teacher has ended, whatever is no digit. At beta = 0 that is the forward KL `sum_u t(u) log(t(u) / p(u)) + R log(R / P)`,
+    with the residual R and that share P. Where `mapped` holds every student token, or is not given, the residual says
+    nothing, and the divergence is `(1 - R) JSD_beta(t / (1 - R), p)`: the student keeps its own proportions. A row whose
+    mass is all residual then gives 0. [ours]
 
     Args:
         target, residual: [r, V] and [r], as `mapped_mass` gives them.
         logits: [r, V], the student's.
+        mapped: [r, V] bool, the student tokens that the residual does not stand for.
 
     Raises:
         ValueError: beta is 1. The reverse KL is infinite, since student tokens that no teacher token maps to have t = 0.
@@ -58,7 +64,14 @@ def mapped_divergence(target: Tensor, residual: Tensor, logits: Tensor, beta: fl
         raise ValueError("the reverse KL to a mapped target is infinite")
     some = target.sum(-1) > 0
     logt = target.log().where(some[:, None], 0.0)
-    return (1 - residual).where(some, 0.0) * generalised_jsd(logt, logits, beta)
+    alone = (1 - residual).where(some, 0.0) * generalised_jsd(logt, logits, beta)
+    if mapped is None or not bool((told := (~mapped).any(-1) & (residual > 0)).any()):
+        return alone
+    logp = log_probs(logits[told])
+    rest = logp.masked_fill(mapped[told], -torch.inf).logsumexp(-1, keepdim=True)
+    student = torch.cat([logp.masked_fill(~mapped[told], -torch.inf), rest], -1)
+    teacher = torch.cat([target[told], residual[told, None]], -1).log()
+    return alone.masked_fill(told, 0.0).index_put((told,), generalised_jsd(teacher, student, beta))
 
 
 def bayesian_merge(logp: Tensor, ids: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:

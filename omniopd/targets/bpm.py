@@ -5,7 +5,7 @@ Where a student position lies in the teacher's tokens decides what is read (arXi
 - at a boundary: the teacher's next-token distribution, mapped. If the token before it opens longer ones, their part comes
   from what remains of these: the student need not have known that the teacher would stop there (`omniopd.boundary`)
 - inside a token, after the bytes r of it: the teacher's tokens that start with r, renormalised; what remains of each is
-  mapped. Teacher tokens that are r itself go to the residual, since what would follow them was not asked
+  mapped. Teacher tokens that are r itself go to the residual: what follows them was not asked, but it is none of these
 
 The text before r counts as cut the way the teacher did cut it. Since the last boundary that both sides share, that cut has
 the probability `product of its realised steps * mass of the tokens that start with r`: a lower bound of the bytes'
@@ -84,30 +84,37 @@ class BytePrefixTarget:
         if not here:
             return spread([], None, logits)
         at = [i for i, _ in here]
-        target, residual = self.mapped([place for _, place in here], logits)
-        return spread(at, mapped_divergence(target, residual, logits[at], self.beta), logits)
+        target, residual, image = self.mapped([place for _, place in here], logits)
+        return spread(at, mapped_divergence(target, residual, logits[at], self.beta, image), logits)
 
     @torch.no_grad()
-    def mapped(self, places: Sequence[Place], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What the teacher gives each student token at these places, [r, V], and the residual [r]."""
-        target, residual, _ = self._after([(place.row, place.spelled) for place in places], logits)
+    def mapped(self, places: Sequence[Place], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the teacher gives each student token at these places, [r, V], the residual [r], and which student tokens can
+        not be what the residual stands for, [r, V] bool.
+
+        Inside a token these are all that what remains of longer ones maps to; at a boundary nothing is known.
+        """
+        target, residual, _, image = self._after([(place.row, place.spelled) for place in places], logits)
         opened = [i for i, place in enumerate(places) if place.before and len(self.words.after(place.before)[0]) > 1]
         if opened:
-            longer, lost, ended = self._after([(places[i].row - 1, places[i].before) for i in opened], logits)
+            longer, lost, ended, _ = self._after([(places[i].row - 1, places[i].before) for i in opened], logits)
             target[opened] = longer + ended[:, None] * target[opened]
             residual[opened] = lost - ended + ended * residual[opened]
-        return target, residual
+        return target, residual, image
 
-    def _after(self, read: Sequence[tuple[int, bytes]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row, once some bytes of its token are spelled: mapped mass, residual, and the part of it that is the token
-        of just these bytes."""
+    def _after(self, read: Sequence[tuple[int, bytes]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each row, once some bytes of its token are spelled: mapped mass, residual, the part of it that is the token of
+        just these bytes, and the student tokens that are mapped to (all of them, where no byte is spelled)."""
         teacher = teacher_logits(self.distributions, [row for row, _ in read], self.words.size, logits)
         target, residual = teacher.new_zeros(len(teacher), logits.shape[-1]), teacher.new_zeros(len(teacher))
-        ended = torch.zeros_like(residual)
+        ended, image = torch.zeros_like(residual), torch.ones_like(target, dtype=torch.bool)
         for spelled in dict.fromkeys(spelled for _, spelled in read):
             rows = [row for row, (_, own) in enumerate(read) if own == spelled]
             ids, students, over = (part.to(teacher.device) for part in self.words.after(spelled))
             open_ = teacher[rows][:, ids] if spelled else teacher[rows]
             target[rows], residual[rows] = mapped_mass(open_, students, logits.shape[-1])
             ended[rows] = (open_.softmax(-1) * over).sum(-1)
-        return target, residual, ended
+            if spelled:
+                reached = students[(students >= 0) & (students < logits.shape[-1])]
+                image[rows] = torch.zeros_like(image[0]).index_fill(0, reached, True)
+        return target, residual, ended, image

@@ -302,3 +302,47 @@ def test_o10_a_self_teacher_in_bf16_stays_below_1e_5() -> None:
     assert gold_divergence(logp, logp, matched).abs().max() < 1e-5
     assert sorted_l1(logp.exp(), logp.exp()).abs().max() < 1e-5
     assert mapped_divergence(mass, residual, logp).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------ BPM's residual as an outcome
+
+
+def test_a_residual_is_held_against_what_no_teacher_token_maps_to() -> None:
+    """Within a number that the teacher has ended: a digit too many costs what it would cost among two outcomes."""
+    target = torch.tensor([[0.0, 0.02, 0.0, 0.0]], dtype=torch.float64)
+    residual = torch.tensor([0.98], dtype=torch.float64)
+    digits = torch.tensor([[True, True, False, False]])
+    logits = torch.tensor([[1.0, 2.0, 0.5, -1.0]], dtype=torch.float64, requires_grad=True)
+    p = logits.detach().softmax(-1)[0]
+    expected = 0.02 * math.log(0.02 / p[1]) + 0.98 * math.log(0.98 / (p[2] + p[3]))
+    found = mapped_divergence(target, residual, logits, mapped=digits)
+    assert found.item() == pytest.approx(expected)
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    inside = p[2:] / p[2:].sum()  # the shape of the tail is the student's own
+    torch.testing.assert_close(slope[0], p - torch.tensor([0, 0.02, *(0.98 * inside)], dtype=torch.float64))
+
+
+def test_a_residual_beside_a_full_image_says_nothing() -> None:
+    target, residual = torch.tensor([[0.3, 0.2, 0.1]]), torch.tensor([0.4])
+    logits = torch.randn(1, 3, generator=torch.Generator().manual_seed(0))
+    every = torch.ones(1, 3, dtype=torch.bool)
+    assert torch.equal(
+        mapped_divergence(target, residual, logits, mapped=every), mapped_divergence(target, residual, logits)
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_rows_with_and_without_a_telling_residual_do_not_touch_each_other(beta: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    mass = torch.rand(3, 5, generator=draw, dtype=torch.float64).softmax(-1)
+    target, residual = mass[:, :4].clone(), mass[:, 4].clone()
+    target[0] /= target[0].sum()
+    residual[0] = 0
+    image = torch.tensor([[True, True, False, True], [True] * 4, [True, True, True, False]])
+    target[2, 3] = 0
+    residual[2] = 1 - target[2].sum()
+    logits = torch.randn(3, 4, generator=draw, dtype=torch.float64, requires_grad=True)
+    whole = mapped_divergence(target, residual, logits, beta, image)
+    alone = [mapped_divergence(target[[i]], residual[[i]], logits[[i]], beta, image[[i]]) for i in range(3)]
+    torch.testing.assert_close(whole, torch.cat(alone))
+    assert torch.autograd.gradcheck(lambda x: mapped_divergence(target, residual, x, beta, image), logits)

@@ -81,7 +81,7 @@ def test_the_end_of_the_turn_maps_by_role(student: Policy, teacher: Policy) -> N
         assert found.distributions is not None
         q = found.distributions.head(found.distributions.hidden).softmax(-1)
         at = [place for place in target.places if place is not None and not place.spelled]
-        mass, _ = target.mapped(at, torch.zeros(1, student.vocabulary.size))
+        mass, *_ = target.mapped(at, torch.zeros(1, student.vocabulary.size))
         expected = q[[place.row for place in at], teacher.end_id]
         torch.testing.assert_close(mass[:, student.end_id], expected)
         assert len(at) > len(row) / 2
@@ -100,7 +100,7 @@ def test_the_target_at_each_place_against_loops_over_the_vocabulary(student: Pol
     ours, theirs = student.vocabulary.bytes_of, teacher.vocabulary.bytes_of
     there = [place for place in target.places if place is not None]
     assert any(place.spelled for place in there)
-    mass, residual = target.mapped(there[:25], torch.zeros(1, len(ours)))
+    mass, residual, _ = target.mapped(there[:25], torch.zeros(1, len(ours)))
     for place, row, rest in zip(there[:25], mass, residual, strict=True):
         slow, lost = torch.zeros(len(ours), dtype=torch.float64), 0.0
         for id, word in enumerate(theirs):

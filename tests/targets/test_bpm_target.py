@@ -77,7 +77,7 @@ def test_places_of_random_cuts_spell_the_text_before_them() -> None:
 
 def test_golden_target_of_a_row() -> None:
     q = torch.tensor([[0.4, 0.2, 0.1, 0.25, 0.0, 0.05, 0.0]], dtype=torch.float64)
-    target, residual = target_of([], q.log()).mapped([Place(0, b"", True)], drawn(1, V))
+    target, residual, _ = target_of([], q.log()).mapped([Place(0, b"", True)], drawn(1, V))
     torch.testing.assert_close(target[0], torch.tensor([0, 0.6, 0.1, 0, 0.25, 0], dtype=torch.float64))
     assert residual.item() == pytest.approx(0.05)
 
@@ -85,11 +85,11 @@ def test_golden_target_of_a_row() -> None:
 def test_inside_a_token_the_target_is_the_teachers_conditional_distribution() -> None:
     """After "a": only ab and abc go on, with b and bc; in a vocabulary where no token ends inside "a" that is exact."""
     q = torch.tensor([[0.4, 0.2, 0.1, 0.2, 0.05, 0.03, 0.02]], dtype=torch.float64)
-    target, residual = target_of([], q.log()).mapped([Place(0, b"a", True)], drawn(1, V))
+    target, residual, _ = target_of([], q.log()).mapped([Place(0, b"a", True)], drawn(1, V))
     torch.testing.assert_close(target[0], torch.tensor([0, 0, 2 / 3, 1 / 3, 0, 0], dtype=torch.float64))
     assert residual.item() == 0
     # after "ab" the token ab itself is over: what comes next was not asked
-    target, residual = target_of([], q.log()).mapped([Place(0, b"ab", True)], drawn(1, V))
+    target, residual, _ = target_of([], q.log()).mapped([Place(0, b"ab", True)], drawn(1, V))
     torch.testing.assert_close(target[0], torch.tensor([0, 0, 0, 0, 1 / 3, 0], dtype=torch.float64))
     assert residual.item() == pytest.approx(2 / 3)
 
@@ -141,7 +141,7 @@ def test_exact_where_no_token_of_the_teacher_ends_inside_the_prefix() -> None:
         row = torch.cat([model.row(()), torch.zeros(1, dtype=torch.float64)]).log()[None]
         for prefix in (b"a", b"aa", b"ab"):
             expected = conditional(model, prefix, model.paths(prefix), student)
-            target, residual = target_of([], row, laid).mapped([Place(0, prefix, True)], drawn(1, student.size))
+            target, residual, _ = target_of([], row, laid).mapped([Place(0, prefix, True)], drawn(1, student.size))
             torch.testing.assert_close(target[0], expected[:-1], atol=1e-12, rtol=1e-10)
             assert float(residual) == pytest.approx(float(expected[-1]), abs=1e-12)
 
@@ -163,7 +163,7 @@ def test_the_realised_cut_bounds_the_prefix_from_below_and_conditions_the_target
         slack.append(sum(p for _, p in every) - sum(p for _, p in cut))
         rows = torch.stack([model.row(()), model.row((1,))])
         rows = torch.cat([rows, torch.zeros(2, 1, dtype=torch.float64)], 1).log()
-        target, residual = target_of([], rows, laid).mapped([place], drawn(1, student.size))
+        target, residual, _ = target_of([], rows, laid).mapped([place], drawn(1, student.size))
         expected = conditional(model, b"abc", cut, student)
         torch.testing.assert_close(target[0], expected[:-1], atol=1e-12, rtol=1e-10)
         assert float(residual) == pytest.approx(float(expected[-1]), abs=1e-12)
@@ -172,7 +172,7 @@ def test_the_realised_cut_bounds_the_prefix_from_below_and_conditions_the_target
 
 def test_mass_is_conserved_at_every_place_in_fp32() -> None:
     where = [Place(row, spelled, True) for row in range(4) for spelled in (b"", b"a", b"ab", b"c", b"b")]
-    target, residual = target_of([], 3 * drawn(4, W).float()).mapped(where, drawn(1, V).float())
+    target, residual, _ = target_of([], 3 * drawn(4, W).float()).mapped(where, drawn(1, V).float())
     assert target.dtype == torch.float32
     torch.testing.assert_close(target.sum(-1) + residual, torch.ones(len(where)), atol=1e-5, rtol=0)
 
@@ -181,9 +181,9 @@ def test_mass_is_conserved_at_every_place_in_fp32() -> None:
 def test_r12_padding_of_either_output_layer_means_nothing(wider: int) -> None:
     """Probability on ids past the teacher's vocabulary is nobody's; ids past the student's get none."""
     rows, where = drawn(2, W), [Place(0, b"", True), Place(1, b"a", True)]
-    plain, lost = target_of([], rows).mapped(where, drawn(1, V))
+    plain, lost, _ = target_of([], rows).mapped(where, drawn(1, V))
     padded = torch.cat([rows, torch.full((2, wider), 9.0, dtype=torch.float64)], 1)
-    target, residual = target_of([], padded).mapped(where, drawn(1, V + wider))
+    target, residual, _ = target_of([], padded).mapped(where, drawn(1, V + wider))
     assert torch.equal(target[:, :V], plain)
     assert torch.equal(residual, lost)
     assert target[:, V:].sum() == 0
@@ -191,14 +191,14 @@ def test_r12_padding_of_either_output_layer_means_nothing(wider: int) -> None:
 
 def test_a_teachers_output_layer_narrower_than_its_toy() -> None:
     """Ids that it lacks have no probability; here the end of the turn."""
-    target, residual = target_of([], drawn(1, W - 1)).mapped([Place(0, b"", True)], drawn(1, V))
+    target, residual, _ = target_of([], drawn(1, W - 1)).mapped([Place(0, b"", True)], drawn(1, V))
     assert target[0, V - 1] == 0
     assert float(target.sum() + residual) == pytest.approx(1)
 
 
 def test_a_students_output_layer_narrower_than_its_toy() -> None:
-    target, residual = target_of([], drawn(1, W)).mapped([Place(0, b"", True)], drawn(1, V - 1))
-    whole, lost = target_of([], drawn(1, W)).mapped([Place(0, b"", True)], drawn(1, V))
+    target, residual, _ = target_of([], drawn(1, W)).mapped([Place(0, b"", True)], drawn(1, V - 1))
+    whole, lost, _ = target_of([], drawn(1, W)).mapped([Place(0, b"", True)], drawn(1, V))
     assert torch.equal(target, whole[:, :-1])
     torch.testing.assert_close(residual, lost + whole[:, -1])
 
@@ -223,8 +223,10 @@ def test_divergence_position_by_position_against_a_loop(beta: float) -> None:
         if place is None:
             assert found[t] == 0
         else:
-            mass, residual = target.mapped([place], logits)
-            torch.testing.assert_close(found[t], mapped_divergence(mass, residual, logits[t : t + 1], beta)[0])
+            mass, residual, image = target.mapped([place], logits)
+            expected = mapped_divergence(mass, residual, logits[t : t + 1], beta, image)[0]
+            torch.testing.assert_close(found[t], expected)
+            assert bool(image.all()) == (place.spelled == b"")
     assert target.blocks == ()
 
 
@@ -300,8 +302,8 @@ def test_behind_a_token_that_opens_longer_ones_these_have_their_part() -> None:
     """The student is behind "ab", which the teacher cut as one token: it could have been "abc"."""
     rows = drawn(2, W).softmax(-1)
     ab, abc = float(rows[0, 0]), float(rows[0, 1])
-    plain, lost = target_of([], rows.log()).mapped([Place(1, b"", False)], drawn(1, V))
-    target, residual = target_of([], rows.log()).mapped([Place(1, b"", False, before=b"ab")], drawn(1, V))
+    plain, lost, _ = target_of([], rows.log()).mapped([Place(1, b"", False)], drawn(1, V))
+    target, residual, _ = target_of([], rows.log()).mapped([Place(1, b"", False, before=b"ab")], drawn(1, V))
     expected = plain[0] * ab / (ab + abc)
     expected[4] += abc / (ab + abc)  # the student's "c"
     torch.testing.assert_close(target[0], expected)
