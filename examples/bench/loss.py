@@ -138,6 +138,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     setting = Setting(device=options.device, dtype=options.dtype, threads=options.threads)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     earlier = json.loads(options.compare.read_text(encoding="utf-8")) if options.compare else None
     found = bench(options.shape, setting, options.repeats)
     print(tables(found))
