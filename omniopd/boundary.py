@@ -64,7 +64,7 @@ def byte_scores(ends: Sequence[int | None], scores: TokenScores, *, closes: bool
 
 def _places(scores: TokenScores) -> dict[int, tuple[int, int]]:
     """Where each byte x = 1, 2, ... of the text lies: the token j, and the index of its opening that ends with that byte."""
-    places = {}
+    places: dict[int, tuple[int, int]] = {}
     start: int | None = 0
     for j, (end, openings) in enumerate(zip(scores.ends, scores.openings, strict=True)):
         if start is not None and end is not None and start < end <= start + len(openings):
