@@ -180,8 +180,8 @@ def _reading(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not any(each["machine"]["device"] != each["machine"]["cpu"] for each in found.values()):
         lines += [
             "",
-            "The gradient of the head's weight alone is 0.62 GB at the full vocabulary, whatever the number of tokens: with a "
-            "quarter of them, as *several terms* has, it is a third of what is left.",
+            "The gradient of the head's weight alone is 0.62 GB at the full vocabulary, whatever the number of tokens: with "
+            "a quarter of them, as *several terms* has, it is a third of what is left.",
             "",
             "No GPU was at hand: nothing here says how the rows compare on one, and the two libraries are made for one.",
         ]
