@@ -43,18 +43,20 @@ def landing(method: Method, rollouts: Sequence[Rollout], evidence: Sequence[Evid
 def otherwise(scores: TokenScores, place: int) -> TokenScores:
     """The same scores but for one place."""
 
-    def at_place(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(value - 0.25 * (i == place) for i, value in enumerate(values))
+    def less(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(value - 0.25 for value in values)
 
+    logprobs = (*scores.logprobs[:place], *less(scores.logprobs[place : place + 1]), *scores.logprobs[place + 1 :])
     tops = tuple(
         {id: value - 0.25 for id, value in top.items()} if i == place else top for i, top in enumerate(scores.top)
     )
+    opened = tuple(less(values) if i == place else values for i, values in enumerate(scores.openings))
     found = scores.distributions
     if found is not None:
         hidden = found.hidden.clone()
         hidden[place] = hidden[place] * 0.5 + 1
         found = Distributions(hidden, found.head)
-    return replace(scores, logprobs=at_place(scores.logprobs), top=tops, distributions=found)
+    return replace(scores, logprobs=logprobs, top=tops, openings=opened, distributions=found)
 
 
 def counterparts(scores: TokenScores, place: int, rollout: Rollout, vocabulary: Vocabulary) -> set[int]:
