@@ -18,8 +18,8 @@ PLACES = 12  # of each response that are tried, spread over it
 def landing(method: Method, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], head: Tensor) -> tuple[int, int]:
     """How many of the teacher's places move tokens that spell some of their bytes, and how many move others.
 
-    A place may move the neighbours in its chunk as well, and what follows it, which is charged with its end. Where none of its
-    own tokens has a signal nothing can be told.
+    A place may move the neighbours in its chunk as well, and what follows it, which is charged with its end. Where none of
+    its own tokens has a signal nothing can be told.
 
     Args:
         head: [V, D], the weights of the student's output layer, for its size and its device.
