@@ -77,7 +77,10 @@ def test_a_kind_trains(
     ("teacher", "words"),
     [
         ("sibling", "whole distributions, token by token (teacher has the student's tokenizer)"),
-        ("teacher", "scores of given text, aligned by bytes (teacher has another tokenizer)"),
+        (
+            "teacher",
+            "whole distributions and scores of given text, aligned by bytes (teacher has another tokenizer)",
+        ),
     ],
 )
 def test_the_choice_is_shown_everywhere(
