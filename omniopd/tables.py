@@ -56,7 +56,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"signal: {summary['signal']['read']}", highlight=False)
     if teacher.get("each"):
         console.print(_each(teacher["each"]))
-    holes = {**summary["drops"], **{f"{reason} (replies)": count for reason, count in summary["rejects"].items()}}
+    holes = {
+        **summary["drops"],
+        **{f"{reason} (replies or tokens)": count for reason, count in summary["rejects"].items()},
+    }
     if holes:
         console.print("holes: " + ", ".join(f"{reason} {count}" for reason, count in sorted(holes.items())))
 

@@ -79,7 +79,7 @@ def test_a_kind_trains(
         ("sibling", "whole distributions, token by token (teacher has the student's tokenizer)"),
         (
             "teacher",
-            "whole distributions and scores of given text, aligned by bytes (teacher has another tokenizer)",
+            "whole distributions, aligned by bytes (teacher has another tokenizer)",
         ),
     ],
 )
