@@ -23,6 +23,12 @@ class TrainSettings(OptimizerSettings):
 
     steps: int = Field(default=100, ge=0)
     prompts_per_step: int = Field(default=32, ge=1)
+    max_lag: int = Field(
+        default=0,
+        ge=0,
+        description="updates that the student may be ahead of the weights that wrote a rollout: so many further steps are "
+        "written while the teacher reads; 0: none",
+    )
     save_every: int = Field(default=25, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1)
     keep_audits: int = Field(default=2, ge=0, description="rollouts per step whose audits are kept for the report")

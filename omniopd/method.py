@@ -30,20 +30,26 @@ class Method:
     Attributes:
         needs: what the teacher must offer: "continuation", "answer", "score", "topk", "logits", "same tokenizer".
         on_policy: whether the student writes rollouts; otherwise the method gets rollouts of no tokens.
+        reads_entropy: whether `ask` looks at the rollout's entropies.
         min_coverage: several steps in a row with a smaller share of tokens that the teacher spoke about stop the run.
     """
 
     Config: ClassVar[type[Objective]]
     needs: frozenset[str]
     on_policy: ClassVar[bool] = True
+    reads_entropy: bool = False
     min_coverage: float = 0.0
 
     def __init__(self, config: Objective, text: StudentText, seed: int) -> None:
         self.objective, self.text, self.seed = config, text, seed
 
-    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
-        """What to ask the teacher about these rollouts."""
+    def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
+        """What to ask the teacher about one rollout, the `row`-th of its step; asked as soon as the rollout ends."""
         raise NotImplementedError
+
+    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
+        """What to ask the teacher about all rollouts of a step."""
+        return [query for row, rollout in enumerate(rollouts) for query in self.ask(rollout, row, step)]
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Evidence as numbers on tokens. Pure: the same rollouts and evidence give the same signal."""

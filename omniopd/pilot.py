@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from omniopd.run import Run
-from omniopd.types import AnswerQuery, ContinueQuery, Query, ScoreQuery, Usage
+from omniopd.types import AnswerQuery, Query, ScoreQuery, Usage
 from teachers.asks import Manner, digest
 from teachers.ladder import Rung
 
@@ -81,16 +81,11 @@ def pilot_queries(run: Run) -> list[Query]:
     The whole step is written all the same: what a rollout becomes must not depend on how many are written beside it.
     """
     taken: list[Query] = []
-    for rows, (_, queries) in enumerate(groupby(queries_of(run, 1), key=row_of)):
+    for rows, (_, queries) in enumerate(groupby(queries_of(run, 1), key=lambda query: query.row)):
         if rows >= ROLLOUTS and len(taken) >= QUERIES:
             break
         taken += queries
     return taken
-
-
-def row_of(query: Query) -> int:
-    """The rollout that a query belongs to."""
-    return query.chunk.row if isinstance(query, ContinueQuery) else query.row
 
 
 class Counter:

@@ -1,6 +1,6 @@
-"""One small mechanism by which teachers, methods, signals, score functions and tasks are found by name.
+"""One small mechanism by which teachers, methods, signals, score functions, tasks and samplers are found by name.
 
-A config names a component by the registry's tag: `type` for teachers and tasks, `name` for the rest.
+A config names a component by the registry's tag: `type` for teachers, tasks and samplers, `name` for the rest.
 
 A built-in component is one file in its package that says `@TEACHERS.register("name")`. Another package adds its own by
 an entry point of the same group, without touching ours:
@@ -91,3 +91,4 @@ METHODS: Registry[Any] = Registry("method", "omniopd.methods", "name")
 SIGNALS: Registry[Any] = Registry("signal", "omniopd.signals", "name")
 SCORES: Registry[Any] = Registry("score", "omniopd.scores", "name")
 TASKS: Registry[Any] = Registry("task", "evals.tasks", "type")
+SAMPLERS: Registry[Any] = Registry("sampler", "students.samplers", "type")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,18 +19,27 @@ from omniopd.errors import BudgetSpent, ConfigError, OmniError, RunError, Teache
 from omniopd.folder import Record, RunFolder
 from omniopd.ledger import Ledger, read_prices
 from omniopd.method import Method
+from omniopd.pipeline import Arrivals, Begun, Clock, Lane
 from omniopd.progress import Progress
 from omniopd.prompt_check import check_prompts
-from omniopd.registry import METHODS, TASKS, TEACHERS
+from omniopd.registry import METHODS, SAMPLERS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
-from omniopd.summary import Clock, figures, flat, headline, reasons, step_row, summary, used
-from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Query, Teacher, Usage
+from omniopd.summary import figures, flat, headline, reasons, step_row, summary, used
+from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Query, Rollout, Teacher, Usage
 from students.checkpoint import save_student
 from students.policy import Policy
-from students.rollouts import Sampler
+from students.rollouts import Ended, Sampler
 from students.trainer import Trainer
 from teachers.findings import refuse_disproved
+
+
+class Step(NamedTuple):
+    """What came of a step: its row for the log, its audits, and what the teacher used."""
+
+    row: dict[str, Any]
+    audits: list[dict[str, Any]]
+    usage: Usage
 
 
 class Run:
@@ -52,8 +62,13 @@ class Run:
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
-        self.sampler = Sampler(self.policy, config.seed)
         self.trainer = Trainer(self.policy, config.train, self.method.objective, config.train.track, config.output)
+        self.ranks = self.trainer.ranks
+        self.sampler: Sampler = SAMPLERS.build(config.student.rollouts, self.policy, config.seed)
+        self.lane = Lane()
+        self.begun: deque[Begun] = deque()  # steps that are written and asked about, but not learned yet
+        self.origin = time.monotonic()
+        self._shuffled: tuple[int, Sequence[int]] = (-1, ())
         for prompt in [*self.task.train, *self.heldout]:
             self.policy.prompt_ids(prompt)  # one that does not fit is found now, not after an hour
 
@@ -68,33 +83,82 @@ class Run:
 
     # ------------------------------------------------------------------ one step
 
-    async def step(self, step: int, teacher: Teacher) -> tuple[dict[str, Any], list[dict[str, Any]], Usage]:
-        """Write, ask, read, learn. Returns the step's row for the log, its audits, and what the teacher used."""
-        torch.manual_seed(named_seed(self.config.seed, "update", step))  # dropout, for models that have any
-        clock = Clock()
-        prompts = self.prompts(step)
-        rollouts = self.sampler.sample(prompts, step) if self.method.on_policy else self.sampler.unwritten(prompts)
-        clock.lap("seconds_rollout")
-        queries = self.method.audit(rollouts, step)
-        evidence = await self._gather(teacher, queries, "asking the teacher")
-        clock.lap("seconds_evidence")
-        signal = self.method.read(rollouts, evidence, step)
-        metrics = self.trainer.update(rollouts, signal)
-        clock.lap("seconds_update")
-        row = step_row(step, rollouts, evidence, signal, metrics) | clock.laps
-        return row, [{"step": step, **audit} for audit in signal.audits], used(evidence)
+    async def step(self, step: int, teacher: Teacher) -> Step:
+        """Write, ask, read, learn."""
+        return await self.finish(await self.begin(step, teacher))
+
+    async def begin(self, step: int, teacher: Teacher) -> Begun:
+        """The first half: this process's share of the step's rollouts, each asked about as soon as it ends."""
+        clock, arrivals = Clock(self.origin), Arrivals()
+        rows, prompts = zip(*self.ranks.mine(self.prompts(step)), strict=True)
+        asked = asyncio.create_task(self._ask(teacher, arrivals, clock))
+
+        def ended(place: int, rollout: Rollout) -> None:
+            arrivals.put(self.method.ask(rollout, rows[place], step))
+
+        try:
+            with clock.stage("rollout"):
+                rollouts = await self.lane.run(self._write, prompts, step, rows, ended)
+        except BaseException:
+            asked.cancel()
+            raise
+        arrivals.put(None)
+        return Begun(step, rows, rollouts, asked, clock)
+
+    async def finish(self, begun: Begun) -> Step:
+        """The second half: what the teacher says of the rollouts of all processes, and one update."""
+        step, clock = begun.step, begun.clock
+        with clock.stage("wait"):
+            evidence = await begun.asked
+        rollouts, evidence = self._together(begun, evidence)
+        with clock.stage("update"):
+            signal = self.method.read(rollouts, evidence, step)
+            torch.manual_seed(named_seed(self.config.seed, "update", step))  # dropout, for models that have any
+            metrics = await self.lane.run(self.trainer.update, rollouts, signal)
+            await self.lane.run(self.sampler.push, self.trainer.updates)
+        row = step_row(step, rollouts, evidence, signal, metrics) | clock.to_json()
+        return Step(row, [{"step": step, **audit} for audit in signal.audits], used(evidence))
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of step 1, 2, ...: a fresh shuffle of the data per epoch, the same for every method under one seed."""
         train, size = self.task.train, self.config.train.prompts_per_step
-        picked: list[Prompt] = []
-        for position in range((step - 1) * size, step * size):
-            epoch, place = divmod(position, len(train))
-            if not picked or place == 0:
-                order = list(range(len(train)))
-                random.Random(named_seed(self.config.seed, "order", epoch)).shuffle(order)
-            picked.append(train[order[place]])
-        return picked
+        places = (divmod(position, len(train)) for position in range((step - 1) * size, step * size))
+        return [train[self._order(epoch)[place]] for epoch, place in places]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        """The order of the data in an epoch; the last one asked for is kept."""
+        if self._shuffled[0] != epoch:
+            order = list(range(len(self.task.train)))
+            random.Random(named_seed(self.config.seed, "order", epoch)).shuffle(order)
+            self._shuffled = epoch, order
+        return self._shuffled[1]
+
+    def _write(self, prompts: Sequence[Prompt], step: int, rows: Sequence[int], ended: Ended) -> list[Rollout]:
+        """A rollout for each prompt; of no tokens where the method learns from the teacher's answers alone."""
+        if self.method.on_policy:
+            return self.sampler.sample(prompts, step, rows, ended)
+        rollouts = self.sampler.unwritten(prompts)
+        for place, rollout in enumerate(rollouts):
+            ended(place, rollout)
+        return rollouts
+
+    async def _ask(self, teacher: Teacher, arrivals: Arrivals, clock: Clock) -> list[Evidence]:
+        """The teacher's evidence: asked for as each rollout ends, or for all at once where the teacher wants that."""
+        if teacher.streams:
+            with clock.stage("evidence"):
+                return await self._gather(teacher, arrivals, "asking the teacher")
+        queries = sorted([query async for batch in arrivals for query in batch], key=lambda query: query.row)
+        with clock.stage("evidence"):
+            return await self._gather(teacher, queries, "asking the teacher")
+
+    def _together(self, begun: Begun, evidence: Sequence[Evidence]) -> tuple[list[Rollout], list[Evidence]]:
+        """The rollouts and the evidence of all processes, so that whatever a method counts is counted over the whole step."""
+        written: dict[int, Rollout] = {}
+        found: list[Evidence] = []
+        for rows, rollouts, evidence_there in self.ranks.all((begun.rows, begun.rollouts, evidence)):
+            written |= zip(rows, rollouts, strict=True)
+            found += evidence_there
+        return [written[row] for row in sorted(written)], sorted(found, key=lambda one: one.query.row)
 
     # ------------------------------------------------------------------ all steps
 
@@ -118,16 +182,17 @@ class Run:
             await self.check_teacher(teacher)
             folder.begin()
             record = folder.restore(self.policy, self.trainer)
+            await self.lane.run(self.sampler.push, self.trainer.updates)
             folder.write_manifest(teacher.fingerprint, self.policy, getattr(teacher, "probe", None))
             if record.before is None and self.heldout:
-                record.before = self.evaluate("before").to_json(samples=20)
+                record.before = (await self.lane.run(self.evaluate, "before")).to_json(samples=20)
                 folder.log({"step": 0, "eval": figures(record.before)})
             if record.step == 0:
                 folder.checkpoint(record, self.policy, self.trainer)
             status = "failed"
             try:
                 await self._loop(folder, record, teacher, ledger)
-                after = self.evaluate("after") if self.heldout else None
+                after = await self.lane.run(self.evaluate, "after") if self.heldout else None
                 if self.config.eval.teacher and self.heldout and record.teacher is None:
                     taught, usage = await self.ask_teacher(teacher)
                     record.teacher, record.usage = taught.to_json(samples=20), record.usage + usage
@@ -139,6 +204,7 @@ class Run:
                 status = "out of budget"
                 raise
             finally:
+                await self._drop_begun()
                 if status != "finished":
                     self._stop(folder, record, ledger, status)
             with folder.writing():
@@ -154,13 +220,17 @@ class Run:
         accuracy = record.before["accuracy"] if record.before else None
         self.trainer.accelerator.init_trackers("omniopd")
         with self.progress.task("distilling", total=config.steps, done=record.step) as bar:
+            began = time.monotonic()
             while record.step < config.steps:
-                began = time.monotonic()
-                row, audits, usage = await self.step(record.step + 1, teacher)
+                while len(self.begun) <= config.max_lag and record.step + len(self.begun) < config.steps:
+                    self.begun.append(await self.begin(record.step + len(self.begun) + 1, teacher))
+                row, audits, usage = await self.finish(self.begun.popleft())
                 record.add(row, usage, time.monotonic() - began)
                 if self._measures_at(record.step):
-                    row["eval"] = figures(self.evaluate("on the way", self.config.eval.every_problems).to_json())
+                    found = await self.lane.run(self.evaluate, "on the way", self.config.eval.every_problems)
+                    row["eval"] = figures(found.to_json())
                     accuracy = row["eval"]["accuracy"]
+                began = time.monotonic()
                 folder.log(row)
                 self.trainer.accelerator.log(flat(row), step=record.step)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
@@ -176,6 +246,14 @@ class Run:
                     raise _silence(silent, record, folder)
                 if thin >= config.max_silent_steps:
                     raise _thin(self.method.min_coverage, row["coverage"], record, folder)
+
+    async def _drop_begun(self) -> None:
+        """Give up what is begun; answers that are under way still reach the store."""
+        asked = [begun.asked for begun in self.begun]
+        self.begun.clear()
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
     def unheard(self, record: Record) -> list[str]:
         """Of several teachers those that have had no share so far (trap S8)."""
@@ -253,9 +331,12 @@ class Run:
 
         return evaluate(self.task, self.heldout, generate, seed=seed), used(evidence)
 
-    async def _gather(self, teacher: Teacher, queries: Sequence[Query], title: str) -> list[Evidence]:
+    async def _gather(
+        self, teacher: Teacher, queries: Sequence[Query] | AsyncIterable[Sequence[Query]], title: str
+    ) -> list[Evidence]:
         """The teacher's evidence, with a bar of its own while it is waited for."""
-        with self.progress.task(title, total=len(queries), brief=True) as bar:
+        total = len(queries) if isinstance(queries, Sequence) else 0  # grows as they come
+        with self.progress.task(title, total=total, brief=True) as bar:
             teacher.on_progress = lambda done: bar.advance(by=done - bar.done)
             return await teacher.gather(queries)
 

@@ -8,7 +8,7 @@ finished rows leave the batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +64,19 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, requests: Sequence[Request], end_ids: Collection[int], *, batch_tokens: int = 65_536
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    end_ids: Collection[int],
+    *,
+    batch_tokens: int = 65_536,
+    ended: Callable[[int, list[Draw]], None] | None = None,
 ) -> list[list[Draw]]:
     """Draw from the model; `result[i][d]` is draw d of request i.
 
     Args:
         end_ids: ids that end a response.
         batch_tokens: bound on rows times width of one batch, hence on memory.
+        ended: hears of request i, with its draws, when the last of them has ended.
 
     Raises:
         OmniError: the model does not keep its past in the library's cache.
@@ -80,6 +86,8 @@ def sample(
     for batch in _batches(order, requests, batch_tokens):
         for i, draws in zip(batch, _sample_batch(model, [requests[i] for i in batch], end_ids), strict=True):
             drawn[i] = draws
+            if ended is not None:
+                ended(i, draws)
     return [drawn[i] for i in range(len(requests))]
 
 

@@ -113,9 +113,9 @@ class Scored(Method):
     def place(self, rollout: Rollout, scores: TokenScores) -> Reading:
         """Scores on a response's tokens; `scores` has tokens, and `rollout` too."""
 
-    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
-        """One query per response that has tokens."""
-        return [self.query(rollout, row) for row, rollout in enumerate(rollouts) if len(rollout)]
+    def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
+        """One query if the response has tokens."""
+        return [self.query(rollout, row)] if len(rollout) else []
 
     def query(self, rollout: Rollout, row: int) -> ScoreQuery:
         """What do you give each token of this response?"""

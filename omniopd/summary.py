@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,19 +13,6 @@ from omniopd.config import RunConfig
 from omniopd.folder import Record
 from omniopd.ledger import Ledger
 from omniopd.types import ContinueQuery, Evidence, Query, Rollout, ScoreQuery, Signal, TokenScores, Usage
-
-
-class Clock:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = round(now - self._last, 4)
-        self._last = now
 
 
 def step_row(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -50,6 +50,7 @@ class Rollout:
     id when `finish` is "stop". `logprobs` and `entropy` (nats) belong to the distribution that *produced* each token,
     exact over the whole vocabulary in fp32, at temperature 1. `ends[t]` is the length of the text, in characters,
     that the tokens up to and including t have completed: a token that ends inside a character completes nothing.
+    `version` counts the updates that the weights had seen when they wrote it.
     """
 
     prompt: Prompt
@@ -61,6 +62,7 @@ class Rollout:
     text: str
     finish: Finish
     author: Author = "student"
+    version: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,6 +95,11 @@ class ContinueQuery:
     n: int
     max_tokens: int
     seed: int
+
+    @property
+    def row(self) -> int:
+        """The rollout that is gone on from, by its place in the step; every query has one."""
+        return self.chunk.row
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,17 +346,19 @@ class Capabilities:
 class Teacher(Protocol):
     """Anything that can be asked. `fingerprint` names everything that can change an answer, and holds no secret.
 
-    `on_progress` hears how many queries of the present gather are done.
+    `on_progress` hears how many queries of the present gather are done. `streams` says that `gather` also takes queries that
+    come one list after another, each of them all that is asked about one rollout, and sends them as they come.
     """
 
     fingerprint: str
+    streams: bool
     on_progress: Callable[[int], None] | None
 
     @property
     def capabilities(self) -> Capabilities: ...
 
-    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
-        """Evidence for each query, in order. A query that fails comes back empty with its reason counted.
+    async def gather(self, queries: Sequence[Query] | AsyncIterable[Sequence[Query]]) -> list[Evidence]:
+        """Evidence for each query, in the order in which they came. One that fails comes back empty, its reason counted.
 
         Raises:
             TeacherError: the teacher can't be used at all (unreachable, bad key, out of money).

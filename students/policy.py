@@ -23,8 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import DataError, StudentError
 from omniopd.model import hidden_times_head_is_logits, split_model
+from omniopd.registry import SAMPLERS
 from omniopd.sampling import end_ids
-from omniopd.settings import Settings
+from omniopd.settings import Settings, tagged
 from omniopd.types import Prompt
 
 
@@ -42,6 +43,7 @@ class StudentSettings(Settings):
     path: str = Field(description="model folder or hub id")
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
+    rollouts: tagged(SAMPLERS) = Field(default="transformers", validate_default=True)  # type: ignore[valid-type]
     max_new_tokens: int = Field(default=512, ge=1)
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"

@@ -19,17 +19,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from pydantic import Field
-from torch import Tensor, nn
 
 from omniopd.errors import ConfigError, NonFiniteLoss
-from omniopd.losses import slice_bounds, slice_size, sum_over_slices
-from omniopd.model import split_model
 from omniopd.objective import Objective
 from omniopd.settings import Settings
 from omniopd.types import Observing, Rollout, Signal, Target
-from students.packing import Row, build_rows, micro_batches, tensors
+from students.learner import Learner
+from students.packing import build_rows, micro_batches
 from students.policy import Policy
-from students.terms import TERMS, Coefficients, SliceLoss, coefficients, sites_of
+from students.ranks import Ranks
+from students.terms import TERMS, coefficients
 
 
 class OptimizerSettings(Settings):
@@ -40,44 +39,9 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(default=1.0, gt=0)
-
-
-class Learner(nn.Module):
-    """The forward pass of the update as one module, so that a distributed wrapper sees every use of the weights."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.policy = policy
-        self.model = policy.model  # registered: its parameters are this module's
-
-    def forward(self, rows: list[Row], scaled: Coefficients, targets: Sequence[Target | None]) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch, and its parts: `TERMS` and the sum of the held tokens' KL, without gradient."""
-        model = self.policy.causal_lm
-        inputs = tensors(rows, model.dtype, model.device)
-        sites = sites_of(rows, scaled, targets)
-        hidden, head = self.states(model, inputs)
-        reference = reference_head = None
-        if bool(sites.anchor.any()):
-            with torch.no_grad(), self.policy.reference() as frozen:
-                reference, reference_head = self.states(frozen, inputs)
-                reference = _gather(reference, sites.places[: sites.own])
-                reference_head = getattr(
-                    reference_head, "base_layer", reference_head
-                )  # adapters may sit on the head too
-        size = self.policy.settings.slice_tokens or slice_size(split_model(model)[1].weight.shape[0])
-        return sum_over_slices(
-            _gather(hidden, sites.places),
-            head,
-            SliceLoss(sites.to(model.device), reference, reference_head),
-            slice_bounds(len(sites), size, sites.blocks),
-        )
-
-    def states(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-        """Last hidden states and the head; for families that rework the logits, the logits and the identity."""
-        if not self.policy.splits_head:
-            return model(**inputs, use_cache=False).logits, nn.Identity()
-        body, head = split_model(model)
-        return body(**inputs, use_cache=False).last_hidden_state, head
+    max_ratio: float = Field(
+        default=2.0, ge=1, description="own tokens of older weights count by p_now / p_then, at most this"
+    )
 
 
 def observed(targets: Sequence[Target | None]) -> dict[str, float]:
@@ -88,11 +52,6 @@ def observed(targets: Sequence[Target | None]) -> dict[str, float]:
             sums.update(target.observed)
     positions = sums.pop("positions", 0)
     return {f"support_{name}": amount / positions for name, amount in sums.items()} if positions else {}
-
-
-def _gather(hidden: Tensor, at: list[tuple[int, int]]) -> Tensor:
-    rows, columns = zip(*at, strict=True) if at else ((), ())
-    return hidden[list(rows), list(columns)]
 
 
 def _installed(trackers: Sequence[str]) -> list[str]:
@@ -116,6 +75,7 @@ class Trainer:
     ) -> None:
         self.policy, self.settings, self.objective = policy, settings, objective
         self.accelerator = Accelerator(log_with=_installed(trackers) or None, project_dir=log_dir)
+        self.ranks = Ranks()
         policy.to(self.accelerator.device)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -63,6 +63,7 @@ class ApiTeacher:
 
     Config: ClassVar[type[TeacherConfig]]
     Backend: ClassVar[Any]  # a callable (config, **test doubles) -> wire.Backend
+    streams: bool = False
 
     def __init__(self, config: TeacherConfig, store: Store, ledger: Ledger | None = None, **backend: Any) -> None:
         """Ready to gather; `backend` goes to the back end (tests give it a fake network and a fake clock).

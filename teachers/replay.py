@@ -33,6 +33,7 @@ class ReplayTeacher:
     """A recorded teacher. It has the fingerprint of the one it repeats, so a replay computes the same keys."""
 
     Config = ReplayConfig
+    streams: bool = False
 
     def __init__(self, config: ReplayConfig, store: Store | None = None, ledger: Ledger | None = None) -> None:
         """Open the recording; the run's own store and ledger are not used.

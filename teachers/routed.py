@@ -82,6 +82,7 @@ class RoutedTeacher:
     """Asks each query's own teacher, all of them beside each other; evidence says which one answered."""
 
     Config = RoutedConfig
+    streams: bool = False
 
     def __init__(self, config: RoutedConfig, store: Store, ledger: Ledger | None = None) -> None:
         """Make all teachers; they share the store and the ledger.

@@ -117,6 +117,6 @@ def test_a_package_imports_only_what_it_may_know(place: str) -> None:
 def test_the_step_in_run_py_reads_like_the_picture() -> None:
     text = (ROOT / "omniopd" / "run.py").read_text(encoding="utf-8")
     step = text[text.index("async def step(") : text.index("def prompts(")]
-    order = ["sampler.sample(", "method.audit(", "self._gather(", "method.read(", "trainer.update("]
+    order = ["self._ask(", "method.ask(", "self._write", "begun.asked", "method.read(", "trainer.update"]
     places = [step.index(part) for part in order]
     assert places == sorted(places)

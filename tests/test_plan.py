@@ -14,7 +14,7 @@ from omniopd import pilot, plan
 from omniopd.config import load_config
 from omniopd.errors import ConfigError
 from omniopd.ledger import Price
-from omniopd.pilot import Counter, Pilot, pilot_queries, queries_of, row_of, run_digest
+from omniopd.pilot import Counter, Pilot, pilot_queries, queries_of, run_digest
 from omniopd.plan import describe, forecast, known_of, memory_gb, sampled, teacher_eval
 from omniopd.probing import ahead
 from omniopd.run import Run, open_teacher
@@ -87,6 +87,8 @@ def test_the_pilot_asks_the_very_queries_of_the_first_step(make: Make) -> None:
     asked: list[Query] = []
 
     class Listening:
+        streams = False
+
         async def gather(self, queries: Sequence[Query]) -> list[Any]:
             asked.extend(queries)
             raise KeyboardInterrupt
@@ -107,10 +109,10 @@ def test_a_large_pilot_is_whole_rollouts_up_to_both_bounds(make: Make, monkeypat
         monkeypatch.setattr(pilot, "QUERIES", queries)
         asked = pilot_queries(run)
         assert asked == whole[: len(asked)]
-        rows = {row_of(query) for query in asked}
-        assert rows.isdisjoint(row_of(query) for query in whole[len(asked) :])
+        rows = {query.row for query in asked}
+        assert rows.isdisjoint(query.row for query in whole[len(asked) :])
         assert (len(rows) >= rollouts and len(asked) >= queries) or len(asked) == len(whole)
-        before = [query for query in asked if row_of(query) != max(rows)]
+        before = [query for query in asked if query.row != max(rows)]
         assert len(rows) - 1 < rollouts or len(before) < queries  # and not one rollout more than that takes
 
 

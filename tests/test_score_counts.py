@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 
-from omniopd.pilot import Counter, row_of
+from omniopd.pilot import Counter
 from omniopd.summary import per_teacher
 from omniopd.types import AnswerQuery, Answers, Evidence, ScoreQuery, TokenScores
 from students.policy import Policy
@@ -52,7 +52,7 @@ def test_a_score_reads_prompt_and_response_and_writes_one_token(llama_folder: An
 
 
 def test_a_score_belongs_to_its_rollout() -> None:
-    assert row_of(query(3)) == 3
+    assert query(3).row == 3
     assert order(query(3)) == (3, -1)
     assert describe(query(3)) == "prompt 'p', rollout 3, scores of the response"
 

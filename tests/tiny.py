@@ -21,6 +21,7 @@ from transformers import (
 from omniopd.types import Message, Prompt, Rollout
 from omniopd.verification.text import char_ends
 from students.policy import Policy, StudentSettings
+from students.samplers.transformers import TransformersRollouts, TransformersSampler
 
 CORPUS = [
     "The answer is 12 + 7 = 19, so Tom has 19 apples.\nThe train leaves at noon and covers sixty miles every hour.",
@@ -137,6 +138,11 @@ def saved(
 
 def policy(folder: Path, **settings: Any) -> Policy:
     return Policy(StudentSettings(path=str(folder), **{"max_new_tokens": 16, **settings}))
+
+
+def sampler(student: Policy, seed: int = 0) -> TransformersSampler:
+    """The embedded sampler of a policy."""
+    return TransformersSampler(TransformersRollouts(), student, seed)
 
 
 def prompt(text: str = "What is 12 + 7?", name: str = "p") -> Prompt:

@@ -82,24 +82,22 @@ class OmniOPD(Method):
     def __init__(self, config: OmniOPDConfig, text: StudentText, seed: int) -> None:
         super().__init__(config, text, seed)
         self.config = config
+        self.reads_entropy = config.selector == "entropy"
         self.score = SCORES.build(config.score)
         self.signals = [SIGNALS.build(signal) for signal in config.signals]
 
-    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
-        """M continuation queries per rollout, ascending, so that nested prefixes meet a warm cache."""
-        queries: list[Query] = []
-        for row, rollout in enumerate(rollouts):
-            for start in self._starts(rollout, row, step):
-                queries.append(
-                    ContinueQuery(
-                        prompt=rollout.prompt,
-                        chunk=cut_chunk(rollout, row, start, self.config.chunk_tokens),
-                        n=self.config.continuations,
-                        max_tokens=self.config.reply_tokens,
-                        seed=named_seed(self.seed, "teacher", step, row, start) % 2**31,
-                    )
-                )
-        return queries
+    def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
+        """M continuation queries, ascending, so that nested prefixes meet a warm cache."""
+        return [
+            ContinueQuery(
+                prompt=rollout.prompt,
+                chunk=cut_chunk(rollout, row, start, self.config.chunk_tokens),
+                n=self.config.continuations,
+                max_tokens=self.config.reply_tokens,
+                seed=named_seed(self.seed, "teacher", step, row, start) % 2**31,
+            )
+            for start in self._starts(rollout, row, step)
+        ]
 
     def _starts(self, rollout: Rollout, row: int, step: int) -> list[int]:
         count, length, lead = self.config.chunks, self.config.chunk_tokens, self.config.lead

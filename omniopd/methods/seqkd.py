@@ -41,17 +41,10 @@ class SeqKD(Method):
         super().__init__(config, text, seed)
         self.config = config
 
-    def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
-        return [
-            AnswerQuery(
-                prompt=rollout.prompt,
-                row=row,
-                n=self.config.answers,
-                max_tokens=self.config.answer_tokens,
-                seed=named_seed(self.seed, "teacher", step, row) % 2**31,
-            )
-            for row, rollout in enumerate(rollouts)
-        ]
+    def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
+        """Whole answers to the prompt."""
+        seed = named_seed(self.seed, "teacher", step, row) % 2**31
+        return [AnswerQuery(rollout.prompt, row, self.config.answers, self.config.answer_tokens, seed)]
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Whole answers become branches at 0; one that the token limit cut is dropped, not learned half."""

@@ -13,7 +13,6 @@ import torch
 from omniopd.methods.seqkd import SeqKD, SeqKDConfig
 from omniopd.types import AnswerQuery, Answers, Reply, Rollout
 from students.policy import Policy
-from students.rollouts import Sampler
 from students.trainer import OptimizerSettings, Trainer
 
 
@@ -25,7 +24,7 @@ def student(request: pytest.FixtureRequest, tiny_folder: Callable[..., Path], tm
 
 
 def unwritten(student: Policy) -> list[Rollout]:
-    return Sampler(student, 0).unwritten([tiny.prompt(name="a"), tiny.prompt("And 3?", "b")])
+    return tiny.sampler(student, 0).unwritten([tiny.prompt(name="a"), tiny.prompt("And 3?", "b")])
 
 
 def asked(student: Policy, **config: Any) -> tuple[SeqKD, list[Rollout], list[AnswerQuery]]:

@@ -11,7 +11,6 @@ import torch
 
 from omniopd.types import Prompt, Rollout
 from students.policy import Policy
-from students.rollouts import Sampler
 
 PROMPTS = [tiny.prompt("What is 12 + 7?", "a"), tiny.prompt("And 3?", "b"), tiny.prompt("東京 😀", "c")]
 
@@ -26,14 +25,14 @@ def same(a: Rollout, b: Rollout) -> bool:
 
 
 def test_s1_numbers_are_the_trainers_own(student: Policy) -> None:
-    for rollout in Sampler(student, 0).sample(PROMPTS, 1):
+    for rollout in tiny.sampler(student, 0).sample(PROMPTS, 1):
         logp, entropy = tiny.dense(student.model, rollout.prompt_ids, rollout.ids)
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logp, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(torch.tensor(rollout.entropy), entropy, atol=1e-5, rtol=1e-5)
 
 
 def test_a_rollout_holds_together(student: Policy) -> None:
-    for rollout in Sampler(student, 0).sample(PROMPTS * 3, 1):
+    for rollout in tiny.sampler(student, 0).sample(PROMPTS * 3, 1):
         assert rollout.author == "student"
         assert len(rollout) == len(rollout.logprobs) == len(rollout.entropy) == len(rollout.ends) <= 24
         assert rollout.text == student.decode(list(rollout.ids))
@@ -44,11 +43,11 @@ def test_a_rollout_holds_together(student: Policy) -> None:
 
 
 def test_a_rollout_is_named_by_seed_step_and_row(student: Policy) -> None:
-    sampler = Sampler(student, 5)
+    sampler = tiny.sampler(student, 5)
     first = sampler.sample(PROMPTS, 2)
-    assert all(map(same, first, Sampler(student, 5).sample(PROMPTS, 2)))
+    assert all(map(same, first, tiny.sampler(student, 5).sample(PROMPTS, 2)))
     assert all(map(same, first[:1], sampler.sample(PROMPTS[:1], 2)))  # without its neighbours
-    again: list[list[Rollout]] = [sampler.sample(PROMPTS, 3), Sampler(student, 6).sample(PROMPTS, 2)]
+    again: list[list[Rollout]] = [sampler.sample(PROMPTS, 3), tiny.sampler(student, 6).sample(PROMPTS, 2)]
     assert all(not same(a, b) for other in again for a, b in zip(first, other, strict=True))
     twins = sampler.sample([PROMPTS[0]] * 2, 2)
     assert twins[0].ids != twins[1].ids
@@ -56,26 +55,26 @@ def test_a_rollout_is_named_by_seed_step_and_row(student: Policy) -> None:
 
 def test_s6_the_next_rollout_is_of_the_new_weights(llama_folder: Path) -> None:
     student = tiny.policy(llama_folder)
-    before = Sampler(student, 0).sample(PROMPTS, 1)
+    before = tiny.sampler(student, 0).sample(PROMPTS, 1)
     with torch.no_grad():
         student.model.get_output_embeddings().weight.mul_(0.5)
-    after = Sampler(student, 0).sample(PROMPTS, 1)
+    after = tiny.sampler(student, 0).sample(PROMPTS, 1)
     assert not any(map(same, before, after))
     logp, _ = tiny.dense(student.model, after[0].prompt_ids, after[0].ids)
     torch.testing.assert_close(torch.tensor(after[0].logprobs), logp, atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_takes_the_likeliest(student: Policy) -> None:
-    (rollout,) = Sampler(student, 0).greedy(PROMPTS[:1])
+    (rollout,) = tiny.sampler(student, 0).greedy(PROMPTS[:1])
     whole = torch.tensor([[*rollout.prompt_ids, *rollout.ids]])
     with torch.no_grad():
         best = student.model(input_ids=whole).logits[0, len(rollout.prompt_ids) - 1 : -1].argmax(-1)
     assert best.tolist() == list(rollout.ids)
-    assert same(rollout, Sampler(student, 9).greedy(PROMPTS[:1])[0])
+    assert same(rollout, tiny.sampler(student, 9).greedy(PROMPTS[:1])[0])
 
 
 def test_unwritten_rollouts_have_a_prompt_and_no_tokens(student: Policy) -> None:
-    for prompt, rollout in zip(PROMPTS, Sampler(student, 0).unwritten(PROMPTS), strict=True):
+    for prompt, rollout in zip(PROMPTS, tiny.sampler(student, 0).unwritten(PROMPTS), strict=True):
         assert (rollout.prompt, rollout.prompt_ids, len(rollout), rollout.text) == (
             prompt,
             student.prompt_ids(prompt),
@@ -86,7 +85,7 @@ def test_unwritten_rollouts_have_a_prompt_and_no_tokens(student: Policy) -> None
 
 @pytest.mark.parametrize("text", ["The answer is 19.", "東京 <|end|> </s> 😀", ""])
 def test_a_given_text_is_scored_as_if_the_student_had_written_it(student: Policy, text: str) -> None:
-    rollout = Sampler(student, 0).given(Prompt("p", PROMPTS[0].messages), text)
+    rollout = tiny.sampler(student, 0).given(Prompt("p", PROMPTS[0].messages), text)
     assert (rollout.text, rollout.finish, rollout.ids[-1]) == (text, "stop", student.end_id)
     assert rollout.ends[-1] == len(text) and student.end_id not in rollout.ids[:-1]
     logp, entropy = tiny.dense(student.model, rollout.prompt_ids, rollout.ids)
@@ -96,13 +95,13 @@ def test_a_given_text_is_scored_as_if_the_student_had_written_it(student: Policy
 
 def test_lora_students_sample_with_their_adapters(llama_folder: Path) -> None:
     student = tiny.policy(llama_folder, lora={"rank": 2})
-    plain = Sampler(tiny.policy(llama_folder), 0).sample(PROMPTS, 1)
-    assert all(map(same, plain, Sampler(student, 0).sample(PROMPTS, 1)))
+    plain = tiny.sampler(tiny.policy(llama_folder), 0).sample(PROMPTS, 1)
+    assert all(map(same, plain, tiny.sampler(student, 0).sample(PROMPTS, 1)))
     with torch.no_grad():
         for name, parameter in student.model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.3)
-    adapted = Sampler(student, 0).sample(PROMPTS, 1)
+    adapted = tiny.sampler(student, 0).sample(PROMPTS, 1)
     assert not any(map(same, plain, adapted))
     logp, _ = tiny.dense(student.model, adapted[0].prompt_ids, adapted[0].ids)
     torch.testing.assert_close(torch.tensor(adapted[0].logprobs), logp, atol=1e-5, rtol=1e-5)

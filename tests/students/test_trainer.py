@@ -22,7 +22,6 @@ from omniopd.targets.full import FullTarget
 from omniopd.targets.subset import SubsetTarget, TopKTarget
 from omniopd.types import Branch, Continuations, Distributions, Query, Reply, Rollout, Signal, Target
 from students.policy import Policy
-from students.rollouts import Sampler
 from students.trainer import OptimizerSettings, Trainer, coefficients
 
 Folder = Callable[..., Path]
@@ -226,7 +225,7 @@ def test_answers_without_rollouts_are_learned_in_every_reduction(
     llama_folder: Path, reduction: Any, each: float
 ) -> None:
     student = tiny.policy(llama_folder)
-    rollouts = Sampler(student, 0).unwritten([tiny.prompt(), tiny.prompt()])
+    rollouts = tiny.sampler(student, 0).unwritten([tiny.prompt(), tiny.prompt()])
     branches = (Branch(0, 0, (20, 21, 22, 1), 1.0), Branch(1, 0, (23, 24, 25, 1), 1.0))
     empty = Signal((torch.zeros(0),) * 2, (torch.zeros(0, dtype=torch.bool),) * 2, branches=branches)
     assert coefficients(rollouts, empty, objective(reduction)).branch_Q.tolist() == pytest.approx([each] * 8)
@@ -539,7 +538,7 @@ def test_eight_5_nothing_said_is_a_zero_loss_that_changes_nothing(llama_folder: 
     terms = trainer_of(student).update(rollouts, silent)
     assert terms["loss"] == pytest.approx(0, abs=1e-6)  # only the anchor speaks, and it has nothing to say yet
     assert terms["grad_norm"] == pytest.approx(0, abs=1e-5)
-    unwritten = Sampler(student, 0).unwritten([tiny.prompt()])
+    unwritten = tiny.sampler(student, 0).unwritten([tiny.prompt()])
     nothing = Signal((torch.zeros(0),), (torch.zeros(0, dtype=torch.bool),))
     fresh = tiny.policy(llama_folder)
     assert trainer_of(fresh).update(unwritten, nothing)["loss"] == 0
@@ -599,7 +598,10 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_no_number(llam
     assert (results[0][0], results[1][0]) == (1, 2)
     assert results[1][1] == pytest.approx(results[0][1], abs=1e-6)
     torch.testing.assert_close(results[1][2], results[0][2], atol=1e-6, rtol=1e-5)
-    assert Sampler(thrifty, 0).sample([tiny.prompt()], 0)[0].ids == Sampler(plain, 0).sample([tiny.prompt()], 0)[0].ids
+    assert (
+        tiny.sampler(thrifty, 0).sample([tiny.prompt()], 0)[0].ids
+        == tiny.sampler(plain, 0).sample([tiny.prompt()], 0)[0].ids
+    )
 
 
 def test_warm_up_rises_to_the_rate_and_stays(llama_folder: Path) -> None:
@@ -651,7 +653,7 @@ def test_eight_1_a_student_taught_by_itself_does_not_move(speller: Policy, same:
     method = OmniOPD(OmniOPDConfig(chunks=2, chunk_tokens=3, continuations=4), speller, seed=0)
     teacher = speller.model if same else tiny.model(tiny.letters(), seed=5)
     trainer = trainer_of(speller, beta=0)
-    sampler = Sampler(speller, 0)
+    sampler = tiny.sampler(speller, 0)
     gradients = []
     for step in range(30):
         rollouts = sampler.sample([tiny.prompt("abc"), tiny.prompt("fed")], step)
@@ -665,7 +667,7 @@ def test_eight_1_survival_finds_no_advantage_in_the_students_own_words(speller: 
     """Within the binomial error of N continuations; another teacher's advantages lie far outside."""
     config = OmniOPDConfig(chunks=2, chunk_tokens=3, continuations=128, teacher_tokens=4, signals=["survival"])
     method = OmniOPD(config, speller, seed=0)
-    rollouts = Sampler(speller, 0).sample(
+    rollouts = tiny.sampler(speller, 0).sample(
         [tiny.prompt(t) for t in ("abc", "fed", "cab", "bee", "add", "face", "dad", "bad")], 1
     )
     queries = method.audit(rollouts, 1)
@@ -692,7 +694,7 @@ def test_eight_1_survival_finds_no_advantage_in_the_students_own_words(speller: 
 @pytest.mark.parametrize(("steered", "low", "high"), [(False, -3.0, 3.0), (True, 6.0, math.inf)])
 def test_eight_6_agreement_everywhere_does_not_steer(speller: Policy, steered: bool, low: float, high: float) -> None:
     """The same value on every token has no expected gradient on-policy; a value that favours some letters has."""
-    trainer, sampler = trainer_of(speller, beta=0), Sampler(speller, 1)
+    trainer, sampler = trainer_of(speller, beta=0), tiny.sampler(speller, 1)
     gradients = []
     for step in range(30):
         rollouts = sampler.sample([tiny.prompt(text) for text in ("abc", "fed", "cab", "bee")], step)
