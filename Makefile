@@ -6,10 +6,16 @@ export TOKENIZERS_PARALLELISM = false
 
 # the counterparts of `make contract`
 PARTS ?= vllm,litellm,llamacpp
-# flags of `make bench`, as --shape 512,256,16384 or --device cuda --dtype bfloat16
-BENCH ?= --json docs/results/bench/loss.json
+# what `make bench` runs, each one also alone as `make bench-steps`; `make bench-gpu` needs a GPU
+BENCHES = loss steps timeline quickstart_time
+# flags of one of them, as --shape 512,256,16384; without any, the figures are written to docs/results/bench/
+BENCH ?=
+# a folder of earlier figures to print ratios to
+COMPARE ?=
+# the commit beside which `make bench-quickstart_time` runs this tree
+BEFORE ?= 66afc18
 
-.PHONY: install quickstart test contract lint fix demo-models results bench browser
+.PHONY: install quickstart test contract lint fix demo-models results bench $(BENCHES:%=bench-%) bench-gpu browser
 
 install: $(VENV)/.installed
 
@@ -43,7 +49,15 @@ demo-models: install  ## build the demo models again from their seed
 results: install  ## the tables under docs/results/ (hours on two cores; finished runs are kept)
 	$(BIN)/python examples/results.py
 
-bench: install  ## memory and time of the losses beside dense, TRL's and Liger's (16 GB and up to an hour on two cores)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/python examples/bench/loss.py $(BENCH)
+bench: $(if $(BENCH),bench-loss,$(BENCHES:%=bench-%))  ## every benchmark; with BENCH="flags" that of the losses (16 GB, an hour)
 	$(BIN)/python examples/bench/page.py
+
+$(BENCHES:%=bench-%) bench-gpu: bench-%: $(VENV)/.bench
+	$(BIN)/python examples/bench/$*.py $(FLAGS) $(or $(BENCH),--json docs/results/bench/$*.json) $(EARLIER)
+
+EARLIER = $(addprefix --compare ,$(wildcard $(COMPARE)/$*.json))
+bench-quickstart_time: FLAGS = --before $(BEFORE)
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@

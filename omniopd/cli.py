@@ -39,11 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
         return 0
     except OmniError as error:
-        print(f"omniopd: {' '.join(str(error).split())}", file=sys.stderr)
+        if not (_is_beside() if error.said is None else error.said):
+            print(f"omniopd: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("omniopd: interrupted; what was done is kept, continue with --resume", file=sys.stderr)
+        if not _is_beside():
+            print("omniopd: interrupted; what was done is kept, continue with --resume", file=sys.stderr)
         return 130
+
+
+def _is_beside() -> bool:
+    """Whether another process of the run on this machine says what all of them would say."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -116,7 +123,7 @@ def _quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.ERROR if _is_beside() else logging.WARNING, format="%(name)s: %(message)s")
 
 
 # Commands import what they need: `omniopd --help` should not wait for torch.
@@ -127,7 +134,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from omniopd.plan import describe
     from omniopd.progress import Progress
     from omniopd.report import write_report
-    from omniopd.run import Run
+    from omniopd.run import Run, distill
+    from students.ranks import Ranks
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
@@ -136,10 +144,12 @@ def _train(arguments: argparse.Namespace) -> None:
             table.add_row(*row)
         Console().print(table)
         return
-    summary = Run(config, Progress()).train(resume=arguments.resume)
-    print_summary(summary)
-    print(f"report: {write_report(config.output)}")
-    print(f"student: {config.output / 'student'}")
+    ranks = Ranks(config.train.rank_timeout_s)
+    summary = distill(config, resume=arguments.resume, progress=Progress(), ranks=ranks)
+    if ranks.main:
+        print_summary(summary)
+        print(f"report: {write_report(config.output)}")
+        print(f"student: {config.output / 'student'}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:

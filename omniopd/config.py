@@ -13,6 +13,7 @@ from omniopd.errors import ConfigError
 from omniopd.registry import METHODS, TASKS, TEACHERS
 from omniopd.settings import Settings, first_problem, tagged
 from students.policy import StudentSettings
+from students.ranks import RANK_TIMEOUT_S
 from students.trainer import OptimizerSettings
 
 Signal = Literal["auto", "logits", "topk", "scores", "continuations", "answers"]
@@ -36,6 +37,9 @@ class TrainSettings(OptimizerSettings):
         default=[], description="trackers that get every step's numbers too"
     )
     max_silent_steps: int = Field(default=3, ge=1, description="stop after so many steps in a row without any signal")
+    rank_timeout_s: float = Field(
+        default=RANK_TIMEOUT_S, gt=0, description="how long one process of several waits for another before the run ends"
+    )
 
 
 class EvalSettings(Settings):

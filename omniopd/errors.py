@@ -7,6 +7,7 @@ class OmniError(Exception):
     """A mistake or condition that the user can mend; the message names the field or file and the mend."""
 
     exit_code = 2
+    said: bool | None = None  # whether another process of the run says it; None: nobody has settled that
 
 
 class ConfigError(OmniError, ValueError):

@@ -8,11 +8,12 @@ import math
 import platform
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import yaml
 
@@ -21,7 +22,10 @@ from omniopd.errors import BudgetSpent, RunError
 from omniopd.types import Usage
 from students.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from students.policy import Policy
+from students.ranks import Ranks
 from students.trainer import Trainer
+
+P = ParamSpec("P")
 
 _PACKAGES = (
     "omniopd",
@@ -36,8 +40,10 @@ _PACKAGES = (
 )
 
 
+_COUNTERS = ("drops", "rejects", "lag")  # of a record
+
 # A run may be made longer and dearer; which teacher it is, `check_teacher` decides by its fingerprint.
-_MAY_CHANGE = ("train.steps", "budget_usd", "prices", "teacher.")
+_MAY_CHANGE = ("train.steps", "train.rank_timeout_s", "budget_usd", "prices", "teacher.")
 
 
 @dataclass
@@ -51,6 +57,9 @@ class Record:
     drops: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
     teachers: dict[str, dict[str, int]] = field(default_factory=dict)  # counts of each, where there are several
+    lag: Counter[str] = field(default_factory=Counter)  # rollouts by the updates since they were written
+    wait_seconds: float = 0.0  # for the teacher's evidence, with nothing else to do
+    begun: list[dict[str, Any]] = field(default_factory=list)  # steps that are written but not learned, in order
     before: dict[str, Any] | None = None
     teacher: dict[str, Any] | None = None
 
@@ -62,37 +71,55 @@ class Record:
         self.coverage_sum += row["coverage"]
         self.drops.update(row["drops"])
         self.rejects.update(row["rejects"])
+        self.lag.update(row["lag"])
+        self.wait_seconds += row["seconds_wait"]
         for name, counts in row.get("teachers", {}).items():
             self.teachers[name] = dict(Counter(self.teachers.get(name, {})) + Counter(counts))
 
     def to_json(self) -> dict[str, Any]:
-        counters = {"drops": dict(self.drops), "rejects": dict(self.rejects)}
-        return {**vars(self), "usage": asdict(self.usage), **counters}
+        return {**vars(self), "usage": asdict(self.usage), **{name: dict(getattr(self, name)) for name in _COUNTERS}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        counters = {name: Counter(data[name]) for name in ("drops", "rejects")}
+        counters = {name: Counter(data[name]) for name in _COUNTERS}
         return cls(**{**data, "usage": Usage(**data["usage"]), **counters})
 
 
+def _by_main(work: Callable[Concatenate[RunFolder, P], None]) -> Callable[Concatenate[RunFolder, P], None]:
+    """A method that only the main process does. Where it fails, the others hear of it when they next wait for it."""
+
+    @wraps(work)
+    def method(self: RunFolder, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.ranks.main:
+            work(self, *args, **kwargs)
+
+    return method
+
+
 class RunFolder:
-    """The files of one run.
+    """The files of one run, for every process of it; only the main one writes them.
 
     Raises:
         RunError: the folder holds another run, or can't be written.
     """
 
-    def __init__(self, config: RunConfig, *, resume: bool) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks | None = None, *, resume: bool) -> None:
         self.path = config.output
         self.config = config
+        self.ranks = ranks or Ranks()
+        self._resume = resume
+        self.run_id: str = self.ranks.from_main(self._look)  # the run's name in the ledger
+
+    def _look(self) -> str:
+        """See that the folder is free or this run's; the run's name."""
         existing, manifest = self.path / "config.yaml", self.path / "manifest.json"
         with self.writing():
             if existing.exists():
-                self._check_same(existing.read_text(encoding="utf-8"), resume)
-            began = json.loads(manifest.read_text(encoding="utf-8")) if resume and manifest.exists() else {}
-        self.run_id: str = began.get("run_id") or secrets.token_hex(8)  # the run's name in the ledger
-        self._resume = resume
+                self._check_same(existing.read_text(encoding="utf-8"))
+            began = json.loads(manifest.read_text(encoding="utf-8")) if self._resume and manifest.exists() else {}
+        return str(began.get("run_id") or secrets.token_hex(8))
 
+    @_by_main
     def begin(self) -> None:
         """Make the folder this run's. What goes wrong before leaves none behind that would ask for --resume."""
         with self.writing():
@@ -102,8 +129,8 @@ class RunFolder:
                 for log in ("metrics.jsonl", "audits.jsonl", "summary.json"):
                     (self.path / log).unlink(missing_ok=True)
 
-    def _check_same(self, old: str, resume: bool) -> None:
-        if not resume:
+    def _check_same(self, old: str) -> None:
+        if not self._resume:
             raise RunError(
                 f"output: {self.path} holds a run already; use --resume to continue it, or another output folder"
             )
@@ -133,6 +160,7 @@ class RunFolder:
     def log_audits(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._append("audits.jsonl", rows)
 
+    @_by_main
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         with self.writing(), (self.path / name).open("a", encoding="utf-8") as log:
             log.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
@@ -157,11 +185,13 @@ class RunFolder:
                 "trained_parameters": sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
                 "tree_packing": policy.packs_trees,
                 "sliced_head": policy.splits_head,
-                "entropy": "exact, fp32, full vocabulary, from the sampler",
+                "rollouts": policy.settings.rollouts.type,
+                "entropy": "exact, fp32, full vocabulary, by the policy's own forward pass",
             },
         }
         self._write_json("manifest.json", manifest)
 
+    @_by_main
     def check_teacher(self, fingerprint: str) -> None:
         """Refuse to go on with another teacher than the run began with (trap S7)."""
         path = self.path / "manifest.json"
@@ -172,6 +202,7 @@ class RunFolder:
                     f"teacher: the run began with {began_with}, this is {fingerprint}; use the teacher it began with"
                 )
 
+    @_by_main
     def check_budget(self) -> None:
         """Refuse to go on with no more money than what has stopped the run: another order of calls might find a cheaper
         one that still fits."""
@@ -188,6 +219,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json("summary.json", summary)
 
+    @_by_main
     def _write_json(self, name: str, data: Mapping[str, Any]) -> None:
         with self.writing():
             self._write(name, json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n")
@@ -207,12 +239,16 @@ class RunFolder:
 
     def restore(self, policy: Policy, trainer: Trainer) -> Record:
         """Weights, optimizer and record of the last checkpoint, and logs cut back to it; a fresh record if there is none."""
-        saved = checkpoints(self.path / "checkpoints")
+        saved = self.ranks.from_main(lambda: checkpoints(self.path / "checkpoints"))
         record = Record.from_json(load_checkpoint(saved[-1], policy, trainer)) if saved else Record()
+        self._cut_logs(record.step if saved else -1)
+        return record
+
+    @_by_main
+    def _cut_logs(self, step: int) -> None:
         with self.writing():
             for name in ("metrics.jsonl", "audits.jsonl"):
-                self._cut_back(self.path / name, record.step if saved else -1)
-        return record
+                self._cut_back(self.path / name, step)
 
     @staticmethod
     def _cut_back(log: Path, step: int) -> None:

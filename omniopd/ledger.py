@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -115,10 +116,31 @@ class Ledger:
     ) -> None:
         self.run, self.prices, self.budget_usd = run, prices, budget_usd
         self.store = store
-        self.spent = store.spent(run)
+        self.before = store.spent(run)  # by those of the run's processes that share the store
+        self.booked = 0.0  # since then, by this process
         self.reserved = 0.0
+        self._elsewhere = 0.0  # since then, by the others
+        self._shares = 1
         self._under_way = 0
         self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
+
+    @property
+    def spent(self) -> float:
+        """USD that the run has cost, as far as this process knows."""
+        return self.before + self._elsewhere + self.booked
+
+    def share(self, before: Mapping[int, float], shares: int) -> None:
+        """One of several processes: each may spend an equal share of what is left.
+
+        Args:
+            before: what the run had cost, by each store that its processes use.
+        """
+        self._shares = shares
+        self.before = sum(before.values())
+
+    def hear(self, booked: Sequence[float]) -> None:
+        """What each process of the run has booked so far, this one included."""
+        self._elsewhere = sum(booked) - self.booked
 
     def price(self, model: str, own: Price | None) -> tuple[Price | None, str]:
         """What a teacher charges (its own setting, else the price file), and where that price is from.
@@ -158,14 +180,14 @@ class Ledger:
     def note(self, booking: Booking | None) -> None:
         """Count a booking that the store has taken."""
         if booking is not None:
-            self.spent += booking.cost_usd
+            self.booked += booking.cost_usd
 
     def _admit(self) -> None:
         while self._waiting:
             usd, turn = self._waiting[0]
             if turn.done():
                 self._waiting.popleft()
-            elif self.budget_usd is None or self.spent + self.reserved + usd <= self.budget_usd:
+            elif self.booked + self.reserved + usd <= self._most:
                 self._waiting.popleft()
                 self.reserved, self._under_way = self.reserved + usd, self._under_way + 1
                 turn.set_result(None)
@@ -174,11 +196,17 @@ class Ledger:
             else:
                 self._refuse(usd)
 
+    @property
+    def _most(self) -> float:
+        """USD that this process may book."""
+        return math.inf if self.budget_usd is None else (self.budget_usd - self.before) / self._shares
+
     def _refuse(self, usd: float) -> None:
         """The run ends: those behind in the queue get nothing either, though a cheaper call might still fit."""
+        whose = f", {self.booked:.4f} of one process's share of {self._most:.4f}" if self._shares > 1 else ""
         message = (
-            f"budget_usd: {self.spent:.4f} of {self.budget_usd:g} dollars are spent and the next call may cost {usd:.4f}; "
-            "raise budget_usd, then continue with --resume"
+            f"budget_usd: {self.spent:.4f} of {self.budget_usd:g} dollars are spent{whose} and the next call may cost "
+            f"{usd:.4f}; raise budget_usd, then continue with --resume"
         )
         for _, turn in self._waiting:
             if not turn.done():

@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, TypeVarTuple
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
-from omniopd.types import Evidence, Query, Rollout
+from omniopd.types import Evidence, Prompt, Query, Rollout
+from omniopd.verification.text import char_ends
+from students.gap import Gap
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+async def ended(futures: Iterable[asyncio.Future[Any]]) -> bool:
+    """Wait until all have ended, whatever becomes of who waits; says whether that one was cancelled meanwhile."""
+    cancelled, futures = False, list(futures)
+    while under_way := [future for future in futures if not future.done()]:
+        try:
+            await asyncio.wait(under_way)
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
+
+
+async def dropped(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and see them to their end; their errors are nobody's any more."""
+    for task in tasks:
+        task.cancel()
+    await ended(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+
+
 class Lane:
     """One thread in which all work on the student's device is done, in order, while the event loop talks to the teacher."""
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "student")
+    def __init__(self, enter: Callable[[], None] | None = None) -> None:
+        """`enter` is called in the thread before anything else."""
+        self._thread = ThreadPoolExecutor(1, "student", enter)
 
     async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
-        """What `work` returns. Who waits for it may be cancelled, but not before it has ended: no update is left half done."""
+        """What `work` returns.
+
+        Who waits for it may be cancelled, and hears of that at the next wait after the work has ended: no update is left half
+        done, and none is done that nobody gets to know of.
+        """
+        await asyncio.sleep(0)  # a cancellation that came during the work before: this one is not begun
         doing = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        try:
-            return await asyncio.shield(doing)
-        except asyncio.CancelledError:
-            await asyncio.wait({doing})
-            raise
+        cancelled = await ended([doing])
+        result = doing.result()
+        if cancelled and (waiting := asyncio.current_task()) is not None:
+            waiting.uncancel()  # once more, not twice: `asyncio.run` counts
+            waiting.cancel()
+        return result
 
     def close(self) -> None:
         """End the thread."""
@@ -42,14 +72,27 @@ class Arrivals:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Sequence[Query] | None] = asyncio.Queue()
+        self._came = asyncio.Event()
 
     def put(self, queries: Sequence[Query] | None) -> None:
         """Send a list, from any thread; None says that no more will come."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, queries)
+        self._loop.call_soon_threadsafe(self._take, queries)
 
-    async def __aiter__(self) -> AsyncIterator[Sequence[Query]]:
-        while (queries := await self._queue.get()) is not None:
-            yield queries
+    def _take(self, queries: Sequence[Query] | None) -> None:
+        self._queue.put_nowait(queries)
+        self._came.set()
+
+    async def first(self) -> None:
+        """Wait until something has come."""
+        await self._came.wait()
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Query]]:
+        return self
+
+    async def __anext__(self) -> Sequence[Query]:
+        if (queries := await self._queue.get()) is None:
+            raise StopAsyncIteration
+        return queries
 
 
 class Clock:
@@ -78,7 +121,8 @@ class Clock:
 class Begun:
     """A step whose rollouts are written and whose evidence is on its way.
 
-    `rollouts` are this process's share of the step's, `rows` their places in it.
+    `rollouts` are this process's share of the step's, `rows` their places in it. `gap` is how far their log-probs are from
+    the trainer's, where the sampler compared them.
     """
 
     step: int
@@ -86,3 +130,43 @@ class Begun:
     rollouts: Sequence[Rollout]
     asked: asyncio.Task[list[Evidence]]
     clock: Clock
+    gap: Gap | None = None
+
+    def to_json(self) -> dict[int, dict[str, Any]]:
+        """Its rollouts by row, as a checkpoint keeps them; numbers survive JSON as they are."""
+        return {row: _kept(rollout) for row, rollout in zip(self.rows, self.rollouts, strict=True)}
+
+
+class Text(Protocol):
+    """The student's tokenizer, as a kept rollout needs it."""
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def _kept(rollout: Rollout) -> dict[str, Any]:
+    """What of a rollout can't be told from its prompt and its tokens, and these."""
+    return {
+        "ids": list(rollout.ids),
+        "logprobs": list(rollout.logprobs),
+        "entropy": list(rollout.entropy),
+        "finish": rollout.finish,
+        "version": rollout.version,
+    }
+
+
+def rollout_of(kept: Mapping[str, Any], prompt: Prompt, text: Text) -> Rollout:
+    """The student's rollout that a checkpoint kept."""
+    ids = tuple(kept["ids"])
+    return Rollout(
+        prompt=prompt,
+        prompt_ids=text.prompt_ids(prompt),
+        ids=ids,
+        logprobs=tuple(kept["logprobs"]),
+        entropy=tuple(kept["entropy"]),
+        ends=tuple(char_ends(ids, text.decode)),
+        text=text.decode(list(ids)),
+        finish=kept["finish"],
+        version=kept["version"],
+    )

@@ -166,7 +166,8 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
         ("data", f"{len(run.task.train)} training prompts, {len(run.heldout)} held-out problems to measure with"),
         (
             "steps",
-            f"{config.train.steps} of {config.train.prompts_per_step} prompts, lr {config.train.learning_rate:g}",
+            f"{config.train.steps} of {config.train.prompts_per_step} prompts, lr {config.train.learning_rate:g}"
+            + (f", rollouts up to {config.train.max_lag} updates old" if config.train.max_lag else ""),
         ),
         *_asked(run),
         ("memory", f"about {sum(memory.values()):.2f} GB: " + ", ".join(f"{n} {gb:.2f}" for n, gb in memory.items())),

@@ -23,6 +23,11 @@ class Bar:
         self.done += by
         self.progress.show(self, note)
 
+    def reach(self, done: int, total: int) -> None:
+        """Move it to where the work now stands, of which more may have come."""
+        self.done, self.total = done, total
+        self.progress.show(self, "")
+
 
 class Progress:
     """Shows bars on `console`; a disabled one shows nothing."""
@@ -68,7 +73,7 @@ class Progress:
 
     def show(self, bar: Bar, note: str) -> None:
         if self._rich is not None and bar in self._ids:
-            self._rich.update(self._ids[bar], completed=bar.done, note=note)  # type: ignore[arg-type]
+            self._rich.update(self._ids[bar], completed=bar.done, total=bar.total, note=note)  # type: ignore[arg-type]
         elif self.enabled:
             self._line(bar, note)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +16,26 @@ import torch
 from evals.runner import Evaluation, evaluate
 from omniopd.choosing import against_scores, settle
 from omniopd.config import RunConfig
-from omniopd.errors import BudgetSpent, ConfigError, OmniError, RunError, TeacherError
+from omniopd.errors import BudgetSpent, ConfigError, RunError
 from omniopd.folder import Record, RunFolder
 from omniopd.ledger import Ledger, read_prices
 from omniopd.method import Method
-from omniopd.pipeline import Arrivals, Begun, Clock, Lane
+from omniopd.pipeline import Arrivals, Begun, Clock, Lane, dropped, rollout_of
 from omniopd.progress import Progress
 from omniopd.prompt_check import check_prompts
 from omniopd.registry import METHODS, SAMPLERS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
-from omniopd.summary import figures, flat, headline, reasons, step_row, summary, used
-from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Query, Rollout, Teacher, Usage
+from omniopd.summary import figures, flat, headline, step_row, summary, used
+from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Queries, Rollout, Teacher, Usage
+from omniopd.watch import Watch, unheard
 from students.checkpoint import save_student
 from students.policy import Policy
+from students.ranks import Ranks
 from students.rollouts import Ended, Sampler
 from students.trainer import Trainer
 from teachers.findings import refuse_disproved
+from teachers.pace import shared_out
 
 
 class Step(NamedTuple):
@@ -49,10 +53,12 @@ class Run:
         OmniError: something that the config names can't be had or doesn't fit; nothing was spent.
     """
 
-    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: RunConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks(config.train.rank_timeout_s)
+        _check_processes(config, self.ranks)
         config, self.why = settle(config)
         self.config = config
-        self.progress = progress or Progress(enabled=False)
+        self.progress = progress if progress and self.ranks.main else Progress(enabled=False)
         self.task = TASKS.build(config.task)
         self.heldout: Sequence[Prompt] = self.task.heldout[: config.eval.problems]
         self._prompt_of = {prompt.id: prompt for prompt in self.task.train}
@@ -62,11 +68,14 @@ class Run:
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
-        self.trainer = Trainer(self.policy, config.train, self.method.objective, config.train.track, config.output)
-        self.ranks = self.trainer.ranks
+        self.trainer = Trainer(
+            self.policy, config.train, self.method.objective, config.train.track, config.output, self.ranks
+        )
         self.sampler: Sampler = SAMPLERS.build(config.student.rollouts, self.policy, config.seed)
-        self.lane = Lane()
+        self.sampler.entropies, self.sampler.ranks = self.method.reads_entropy, self.ranks
+        self.lane = Lane(self.ranks.enter_thread)
         self.begun: deque[Begun] = deque()  # steps that are written and asked about, but not learned yet
+        self.kept: dict[int, Sequence[Mapping[str, Any]]] = {}  # rollouts of steps that were begun before a resumption
         self.origin = time.monotonic()
         self._shuffled: tuple[int, Sequence[int]] = (-1, ())
         for prompt in [*self.task.train, *self.heldout]:
@@ -100,23 +109,29 @@ class Run:
             with clock.stage("rollout"):
                 rollouts = await self.lane.run(self._write, prompts, step, rows, ended)
         except BaseException:
-            asked.cancel()
+            await dropped([asked])
             raise
         arrivals.put(None)
-        return Begun(step, rows, rollouts, asked, clock)
+        return Begun(step, rows, rollouts, asked, clock, self.sampler.gap)
 
     async def finish(self, begun: Begun) -> Step:
-        """The second half: what the teacher says of the rollouts of all processes, and one update."""
-        step, clock = begun.step, begun.clock
-        with clock.stage("wait"):
+        """The second half: wait for what the teacher says, and learn from it."""
+        with begun.clock.stage("wait"):
             evidence = await begun.asked
+        return await self.lane.run(self._learn, begun, evidence)
+
+    def _learn(self, begun: Begun, evidence: Sequence[Evidence]) -> Step:
+        """Read what the teacher says of the rollouts of all processes, and make one update."""
+        step, clock = begun.step, begun.clock
         rollouts, evidence = self._together(begun, evidence)
         with clock.stage("update"):
             signal = self.method.read(rollouts, evidence, step)
+            lag = Counter(self.trainer.updates - rollout.version for rollout in rollouts)
             torch.manual_seed(named_seed(self.config.seed, "update", step))  # dropout, for models that have any
-            metrics = await self.lane.run(self.trainer.update, rollouts, signal)
-            await self.lane.run(self.sampler.push, self.trainer.updates)
-        row = step_row(step, rollouts, evidence, signal, metrics) | clock.to_json()
+            metrics = self.trainer.update(rollouts, signal)
+            self._push()
+        gap = begun.gap.to_json() if begun.gap else {}
+        row = step_row(step, rollouts, evidence, signal, metrics, lag) | gap | clock.to_json()
         return Step(row, [{"step": step, **audit} for audit in signal.audits], used(evidence))
 
     def prompts(self, step: int) -> list[Prompt]:
@@ -135,19 +150,29 @@ class Run:
 
     def _write(self, prompts: Sequence[Prompt], step: int, rows: Sequence[int], ended: Ended) -> list[Rollout]:
         """A rollout for each prompt; of no tokens where the method learns from the teacher's answers alone."""
-        if self.method.on_policy:
-            return self.sampler.sample(prompts, step, rows, ended)
-        rollouts = self.sampler.unwritten(prompts)
+        if step in self.kept:
+            kept = [self.kept[step][row] for row in rows]
+            rollouts = [rollout_of(one, prompt, self.policy) for one, prompt in zip(kept, prompts, strict=True)]
+        elif self.method.on_policy:
+            with self.trainer.unsharded():
+                return self.sampler.sample(prompts, step, rows, ended)
+        else:
+            rollouts = self.sampler.unwritten(prompts)
         for place, rollout in enumerate(rollouts):
             ended(place, rollout)
         return rollouts
 
+    def _push(self) -> None:
+        """The sampler writes with the present weights from now on."""
+        with self.trainer.unsharded():
+            self.sampler.push(self.trainer.updates)
+
     async def _ask(self, teacher: Teacher, arrivals: Arrivals, clock: Clock) -> list[Evidence]:
         """The teacher's evidence: asked for as each rollout ends, or for all at once where the teacher wants that."""
-        if teacher.streams:
-            with clock.stage("evidence"):
-                return await self._gather(teacher, arrivals, "asking the teacher")
-        queries = sorted([query async for batch in arrivals for query in batch], key=lambda query: query.row)
+        queries: Queries = arrivals
+        if not teacher.streams:
+            queries = sorted([query async for batch in arrivals for query in batch], key=lambda query: query.row)
+        await arrivals.first()
         with clock.stage("evidence"):
             return await self._gather(teacher, queries, "asking the teacher")
 
@@ -168,13 +193,17 @@ class Run:
         Raises:
             OmniError: the run had to stop; what it had is in its last checkpoint.
         """
-        return asyncio.run(self._train(resume))
+        try:
+            return asyncio.run(self._train(resume))
+        finally:
+            self.lane.close()
+            self.sampler.close()
 
     async def _train(self, resume: bool) -> dict[str, Any]:
         self.progress.say(f"signal: {self.signal}")
         for caution in self.cautions():
             self.progress.say(f"caution: {caution}")
-        folder = RunFolder(self.config, resume=resume)
+        folder = RunFolder(self.config, self.ranks, resume=resume)
         async with open_teacher(self, folder.run_id) as (teacher, ledger):
             if resume:
                 folder.check_teacher(teacher.fingerprint)
@@ -182,7 +211,8 @@ class Run:
             await self.check_teacher(teacher)
             folder.begin()
             record = folder.restore(self.policy, self.trainer)
-            await self.lane.run(self.sampler.push, self.trainer.updates)
+            self.kept = {one["step"]: one["rollouts"] for one in record.begun}
+            await self.lane.run(self._push)
             folder.write_manifest(teacher.fingerprint, self.policy, getattr(teacher, "probe", None))
             if record.before is None and self.heldout:
                 record.before = (await self.lane.run(self.evaluate, "before")).to_json(samples=20)
@@ -204,19 +234,21 @@ class Run:
                 status = "out of budget"
                 raise
             finally:
-                await self._drop_begun()
-                if status != "finished":
-                    self._stop(folder, record, ledger, status)
+                try:
+                    await dropped([begun.asked for begun in self.begun])  # answers under way still reach the store
+                finally:
+                    if status != "finished":
+                        self._stop(folder, record, ledger, status)
             with folder.writing():
-                save_student(folder.path / "student", self.policy)
-            self.trainer.accelerator.end_training()
+                save_student(folder.path / "student", self.policy, self.ranks)
+            self.trainer.end()
             finished = summary(self.config, record, ledger, status, self.policy.parameters, self.signal, after)
             folder.write_summary(finished)
             return finished
 
     async def _loop(self, folder: RunFolder, record: Record, teacher: Teacher, ledger: Ledger) -> None:
         config = self.config.train
-        silent = thin = 0
+        watch = Watch(config.max_silent_steps, self.method.min_coverage, folder.path)
         accuracy = record.before["accuracy"] if record.before else None
         self.trainer.accelerator.init_trackers("omniopd")
         with self.progress.task("distilling", total=config.steps, done=record.step) as bar:
@@ -224,44 +256,36 @@ class Run:
             while record.step < config.steps:
                 while len(self.begun) <= config.max_lag and record.step + len(self.begun) < config.steps:
                     self.begun.append(await self.begin(record.step + len(self.begun) + 1, teacher))
-                row, audits, usage = await self.finish(self.begun.popleft())
+                row, audits, usage = await self.finish(self.begun[0])
+                self.begun.popleft()
                 record.add(row, usage, time.monotonic() - began)
-                if self._measures_at(record.step):
-                    found = await self.lane.run(self.evaluate, "on the way", self.config.eval.every_problems)
-                    row["eval"] = figures(found.to_json())
-                    accuracy = row["eval"]["accuracy"]
+                try:  # the step is done: whatever comes now, it is logged
+                    ledger.hear(await self.lane.run(self.ranks.all, ledger.booked))
+                    if self._measures_at(record.step):
+                        found = await self.lane.run(self.evaluate, "on the way", self.config.eval.every_problems)
+                        row["eval"] = figures(found.to_json())
+                        accuracy = row["eval"]["accuracy"]
+                finally:
+                    folder.log(row)
                 began = time.monotonic()
-                folder.log(row)
                 self.trainer.accelerator.log(flat(row), step=record.step)
                 folder.log_audits(self._marked(audit) for audit in audits[: config.keep_audits])
                 bar.advance(headline(row, record, ledger, accuracy))
                 if record.step % config.save_every == 0 or record.step == config.steps:
-                    folder.checkpoint(record, self.policy, self.trainer)
+                    await self.lane.run(self._save, folder, record)
                 if record.step == min(5, config.steps):
-                    for name in self.unheard(record):
+                    for name in unheard(getattr(self.config.teacher, "teachers", ()), record):
                         self.progress.say(f"caution: teacher '{name}' has spoken about no token in {record.step} steps")
-                silent = silent + 1 if row["coverage"] == 0 and not row.get("branch_tokens") else 0
-                thin = thin + 1 if row["coverage"] < self.method.min_coverage else 0
-                if silent >= config.max_silent_steps:
-                    raise _silence(silent, record, folder)
-                if thin >= config.max_silent_steps:
-                    raise _thin(self.method.min_coverage, row["coverage"], record, folder)
+                watch.check(row, record)
 
-    async def _drop_begun(self) -> None:
-        """Give up what is begun; answers that are under way still reach the store."""
-        asked = [begun.asked for begun in self.begun]
-        self.begun.clear()
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
-
-    def unheard(self, record: Record) -> list[str]:
-        """Of several teachers those that have had no share so far (trap S8)."""
-        return [
-            name
-            for name in getattr(self.config.teacher, "teachers", {})
-            if not record.teachers.get(name, {}).get("tokens")
-        ]
+    def _save(self, folder: RunFolder, record: Record) -> None:
+        """A checkpoint: weights, record, and the steps that are begun, since later weights would write them otherwise."""
+        together = self.ranks.all([begun.to_json() for begun in self.begun])
+        record.begun = []
+        for begun, *parts in zip(self.begun, *together, strict=True):
+            written = {row: kept for part in parts for row, kept in part.items()}
+            record.begun.append({"step": begun.step, "rollouts": [written[row] for row in sorted(written)]})
+        folder.checkpoint(record, self.policy, self.trainer)
 
     def _measures_at(self, step: int) -> bool:
         every = self.config.eval.every
@@ -271,7 +295,10 @@ class Run:
         """Keep what there is, if the weights are those after the last whole step; otherwise the last checkpoint counts."""
         try:
             if self.trainer.whole and self.trainer.updates == record.step:
-                folder.checkpoint(record, self.policy, self.trainer)
+                if self.ranks.count == 1:
+                    self._save(folder, record)
+                elif not self.ranks.sharded and self.config.train.max_lag == 0:  # what one process has is all
+                    folder.checkpoint(replace(record, begun=[]), self.policy, self.trainer)
             folder.write_summary(summary(self.config, record, ledger, status, self.policy.parameters, self.signal))
         except RunError:
             self.progress.say("the last checkpoint could not be written; an earlier one is kept")
@@ -304,13 +331,18 @@ class Run:
         prompts = self.heldout[:problems]
 
         def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
-            return [(rollout.text, rollout.finish == "stop") for rollout in self.sampler.greedy(batch)]
+            mine = self.ranks.mine(batch)
+            rollouts = self.sampler.greedy([prompt for _, prompt in mine])
+            said = {row: (r.text, r.finish == "stop") for (row, _), r in zip(mine, rollouts, strict=True)}
+            answers = {row: answer for part in self.ranks.all(said) for row, answer in part.items()}
+            return [answers[row] for row in range(len(batch))]
 
-        with self.progress.task(f"accuracy {title}", total=len(prompts), brief=True) as bar:
+        with self.progress.task(f"accuracy {title}", total=len(prompts), brief=True) as bar, self.trainer.unsharded():
             return evaluate(
                 self.task,
                 prompts,
                 generate,
+                batch_size=64 * self.ranks.count,
                 seed=self.config.seed,
                 progress=lambda done, _: bar.advance(by=done - bar.done),
             )
@@ -322,7 +354,9 @@ class Run:
             AnswerQuery(prompt, row, 1, limit, named_seed(seed, "teacher answers", row) % 2**31)
             for row, prompt in enumerate(self.heldout)
         ]
-        evidence = await self._gather(teacher, queries, "the teacher's accuracy")
+        mine = [query for _, query in self.ranks.mine(queries)]
+        found = await self._gather(teacher, mine, "the teacher's accuracy")
+        evidence = [one for part in await self.lane.run(self.ranks.all, found) for one in part]
         texts = {e.query.prompt.id: e.replies[0] if e.replies else None for e in evidence if isinstance(e, Answers)}
 
         def generate(batch: Sequence[Prompt]) -> list[tuple[str, bool]]:
@@ -331,14 +365,10 @@ class Run:
 
         return evaluate(self.task, self.heldout, generate, seed=seed), used(evidence)
 
-    async def _gather(
-        self, teacher: Teacher, queries: Sequence[Query] | AsyncIterable[Sequence[Query]], title: str
-    ) -> list[Evidence]:
+    async def _gather(self, teacher: Teacher, queries: Queries, title: str) -> list[Evidence]:
         """The teacher's evidence, with a bar of its own while it is waited for."""
-        total = len(queries) if isinstance(queries, Sequence) else 0  # grows as they come
-        with self.progress.task(title, total=total, brief=True) as bar:
-            teacher.on_progress = lambda done: bar.advance(by=done - bar.done)
-            return await teacher.gather(queries)
+        with self.progress.task(title, total=0, brief=True) as bar:  # grows as they come
+            return await teacher.gather(queries, bar.reach)
 
     def _marked(self, audit: Mapping[str, Any]) -> dict[str, Any]:
         """A record of the report with the task's verdict on the rollout."""
@@ -346,23 +376,17 @@ class Run:
         return {**audit, "correct": self.task.check(prompt, audit["text"]) if prompt.reference is not None else None}
 
 
-def _silence(steps: int, record: Record, folder: RunFolder) -> OmniError:
-    """Why a run that learns nothing stops."""
-    kept = f"the checkpoint of step {record.step} is kept in {folder.path}"
-    if not record.drops and not record.rejects:
-        return ConfigError(
-            f"method: {steps} steps in a row had no response that a chunk fits into; lower its size; {kept}"
+def _check_processes(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse what several processes can't do."""
+    if config.train.prompts_per_step < ranks.count:
+        raise ConfigError(
+            f"train.prompts_per_step: {config.train.prompts_per_step} is less than the {ranks.count} processes; raise it, or "
+            "start fewer"
         )
-    return TeacherError(f"teacher: {steps} steps in a row gave no signal ({reasons(record)}); {kept}")
-
-
-def _thin(limit: float, coverage: float, record: Record, folder: RunFolder) -> OmniError:
-    """Why a run stops whose teacher speaks about too few of the student's tokens."""
-    return TeacherError(
-        f"method.min_coverage: the teacher spoke about {coverage:.0%} of the tokens, less than {limit:.0%}, for several "
-        f"steps ({reasons(record)}); lower it if that is expected; the checkpoint of step {record.step} is kept in "
-        f"{folder.path}"
-    )
+    if ranks.sharded and config.student.lora:
+        raise ConfigError(
+            "student.lora: adapters are small enough not to be sharded; start without FSDP2, or leave student.lora out"
+        )
 
 
 @asynccontextmanager
@@ -370,11 +394,15 @@ async def open_teacher(run: Run, run_id: str = "") -> AsyncIterator[tuple[Teache
     """The config's teacher with its store and ledger, closed at the end; refused if it can't give what the method needs."""
     config = run.config
     prices = read_prices(config.prices) if config.prices else None
-    config.store_path.parent.mkdir(parents=True, exist_ok=True)
-    store = Store(config.store_path)
+    path = config.store_path
+    if run.ranks.node:  # SQLite's log does not work across machines
+        path = path.with_stem(f"{path.stem}-node{run.ranks.node}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store = Store(path)
     ledger = Ledger(store, run_id, prices=prices, budget_usd=config.budget_usd)
+    ledger.share(dict(run.ranks.all((run.ranks.node, ledger.before))), run.ranks.count)
     try:
-        teacher: Teacher = TEACHERS.build(config.teacher, store, ledger)
+        teacher: Teacher = TEACHERS.build(shared_out(config.teacher, run.ranks.count), store, ledger)
         try:
             run.check_needs(teacher)
             yield teacher, ledger
@@ -402,10 +430,14 @@ async def verify_answer(run: Run, question: str, answer: str) -> dict[str, Any]:
     return dict(audits[0])
 
 
-def distill(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Distil a student as the config says; returns the run's summary.
+def distill(
+    config: RunConfig, *, resume: bool = False, progress: Progress | None = None, ranks: Ranks | None = None
+) -> dict[str, Any]:
+    """Distil a student as the config says; returns the run's summary, in each of its processes.
 
     Raises:
         OmniError: see the message; it names the field or file and the mend.
     """
-    return Run(config, progress).train(resume=resume)
+    ranks = ranks or Ranks(config.train.rank_timeout_s)
+    with ranks.alike():
+        return Run(config, progress, ranks).train(resume=resume)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,9 +17,14 @@ from omniopd.types import ContinueQuery, Evidence, Query, Rollout, ScoreQuery, S
 
 
 def step_row(
-    step: int, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], signal: Signal, metrics: Mapping[str, float]
+    step: int,
+    rollouts: Sequence[Rollout],
+    evidence: Sequence[Evidence],
+    signal: Signal,
+    metrics: Mapping[str, float],
+    lag: Mapping[int, int],
 ) -> dict[str, Any]:
-    """A step's row of `metrics.jsonl`, but for the times.
+    """A step's row of `metrics.jsonl`, but for the times. `lag`: how many rollouts so many updates have come after.
 
     `queries` = `chunks` (or `responses`, where scores are read) + the sum of `drops`, always.
     """
@@ -33,13 +39,20 @@ def step_row(
         "drops": dict(signal.drops),
         "rejects": dict(signal.rejects),
         **signal.stats,
-        "mean_entropy": sum(sum(rollout.entropy) for rollout in rollouts) / tokens if tokens else None,
+        "mean_entropy": _mean(value for rollout in rollouts for value in rollout.entropy),
         "mean_length": tokens / len(rollouts),
         "finished_share": sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts),
+        "lag": {str(updates): number for updates, number in sorted(lag.items())},
         **({"teachers": shares} if (shares := per_teacher(evidence)) else {}),
         "cost_usd": spent.pop("cost_usd"),
         **{f"teacher_{name}": amount for name, amount in spent.items()},
     }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """None where there are no values, or one of them is unknown."""
+    mean = sum(known) / len(known) if (known := list(values)) else math.nan
+    return None if math.isnan(mean) else mean
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, float]:
@@ -139,6 +152,8 @@ def summary(
         "seed": config.seed,
         "steps": record.step,
         "wall_seconds": round(record.wall_seconds, 2),
+        "wait_share": record.wait_seconds / record.wall_seconds if record.wall_seconds else None,
+        "lag": dict(record.lag),
         "eval": measured,
         "teacher": {
             "name": getattr(config.teacher, "model", config.teacher.type),

@@ -343,21 +343,27 @@ class Capabilities:
     vocabulary: str = ""
 
 
+Queries = Sequence[Query] | AsyncIterable[Sequence[Query]]
+"""Queries that are all there, or that come one list after another, each list all that is asked about one rollout."""
+
+Heard = Callable[[int, int], None]
+"""Hears how many queries are done, of how many that have come so far."""
+
+
 class Teacher(Protocol):
     """Anything that can be asked. `fingerprint` names everything that can change an answer, and holds no secret.
 
-    `on_progress` hears how many queries of the present gather are done. `streams` says that `gather` also takes queries that
-    come one list after another, each of them all that is asked about one rollout, and sends them as they come.
+    `streams` says that queries which come one list after another are sent as they come; a teacher that does not stream is
+    asked when all are there. Several gathers may be under way at once.
     """
 
     fingerprint: str
     streams: bool
-    on_progress: Callable[[int], None] | None
 
     @property
     def capabilities(self) -> Capabilities: ...
 
-    async def gather(self, queries: Sequence[Query] | AsyncIterable[Sequence[Query]]) -> list[Evidence]:
+    async def gather(self, queries: Queries, progress: Heard | None = None) -> list[Evidence]:
         """Evidence for each query, in the order in which they came. One that fails comes back empty, its reason counted.
 
         Raises:

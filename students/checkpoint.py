@@ -1,4 +1,7 @@
-"""Checkpoints: a Hugging Face model folder with the trainer's state beside it, complete or not there at all."""
+"""Checkpoints: a Hugging Face model folder with the trainer's state beside it, complete or not there at all.
+
+They are the same for any number of processes. The main one writes them; all read them, from a disk that all of them see.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from omniopd.errors import RunError
 from students.policy import Policy
+from students.ranks import Ranks
+from students.sharding import spread_like, whole_weights
 from students.trainer import Trainer
 
 _STATE = "trainer.pt"
@@ -26,13 +32,16 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-NNNNNN`; it appears under that name only when all of it is on disk. Keep the newest `keep`."""
     target = folder / f"step-{step:06d}"
-    if target.exists():  # a resumed run came by here again: the same step gives the same weights
+    weights, state = whole_weights(policy.model, keep=trainer.ranks.main), trainer.state_dict()
+    if (
+        not trainer.ranks.main or target.exists()
+    ):  # a resumed run came by here again: the same step gives the same weights
         return target
     partial = folder / f".partial-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_model(partial, policy)
-        torch.save({"trainer": trainer.state_dict(), "progress": json.dumps(progress)}, partial / _STATE)
+        save_model(partial, policy, weights)
+        torch.save({"trainer": state, "progress": json.dumps(progress)}, partial / _STATE)
     except (SafetensorError, RuntimeError) as error:  # how the two libraries report a full disk
         shutil.rmtree(partial, ignore_errors=True)
         reason = (str(error).splitlines() or ["unknown reason"])[0]
@@ -46,18 +55,30 @@ def save_checkpoint(
     return target
 
 
-def save_model(folder: Path, policy: Policy) -> None:
-    """Weights and tokenizer in Hugging Face format; under LoRA the adapter, loadable by peft and vLLM."""
+def save_model(folder: Path, policy: Policy, weights: dict[str, Tensor] | None = None) -> None:
+    """Weights and tokenizer in Hugging Face format; under LoRA the adapter, loadable by peft and vLLM.
+
+    Args:
+        weights: whole ones, where those of the model are sharded.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(folder)
+    policy.model.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)
 
 
-def save_student(folder: Path, policy: Policy) -> None:
+def save_student(folder: Path, policy: Policy, ranks: Ranks) -> None:
     """The finished student as a model of its own, for transformers and vLLM as they are: adapters merged in."""
-    model = copy.deepcopy(policy.model).merge_and_unload() if policy.settings.lora else policy.model
-    model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    save_merged(folder, policy, keep=ranks.main)
+    if ranks.main:
+        policy.tokenizer.save_pretrained(folder)
+
+
+def save_merged(folder: Path, policy: Policy, *, keep: bool = True) -> None:
+    """The present weights as a model of its own, adapters merged in. Every process must call it; those write that `keep`."""
+    weights = whole_weights(policy.model, keep=keep)
+    if keep:
+        model = copy.deepcopy(policy.model).merge_and_unload() if policy.settings.lora else policy.model
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,4 +119,6 @@ def _set_weights(policy: Policy, path: Path) -> None:
     saved, info = loaded
     if strange := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"weights do not match: {sorted(map(str, strange))[:3]}")
-    policy.model.load_state_dict(saved.state_dict())
+    present = policy.model.state_dict(keep_vars=True)
+    weights = {name: spread_like(weight, present.get(name, weight)) for name, weight in saved.state_dict().items()}
+    policy.model.load_state_dict(weights)

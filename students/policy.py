@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from omniopd.chat import ChatTemplate, first_line
@@ -27,6 +25,7 @@ from omniopd.registry import SAMPLERS
 from omniopd.sampling import end_ids
 from omniopd.settings import Settings, tagged
 from omniopd.types import Prompt
+from students.tree_mask import tree_mask_is_exact
 
 
 class LoraSettings(Settings):
@@ -41,7 +40,11 @@ class StudentSettings(Settings):
     """Which model learns, and how it samples."""
 
     path: str = Field(description="model folder or hub id")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights")
+    mixed_precision: bool = Field(
+        default=False,
+        description="compute in bfloat16, when sampling as when learning; weights and optimizer keep their dtype",
+    )
     lora: LoraSettings | None = None
     rollouts: tagged(SAMPLERS) = Field(default="transformers", validate_default=True)  # type: ignore[valid-type]
     max_new_tokens: int = Field(default=512, ge=1)
@@ -52,7 +55,17 @@ class StudentSettings(Settings):
         ge=1,
         description="positions whose logits exist at one time; null: as many as take 128 MiB in fp32",
     )
-    micro_batch_tokens: int = Field(default=16_384, ge=1, description="padded tokens in one forward pass")
+    micro_batch_tokens: int = Field(
+        default_factory=lambda: 16_384 if torch.accelerator.is_available() else 1_024,
+        ge=1,
+        description="padded tokens in one forward pass of the update; unless given 16,384, or 1,024 on a CPU, in whose "
+        "caches they have room",
+    )
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """What matrix products are made in."""
+        return "bfloat16" if self.mixed_precision else self.dtype
 
 
 class Policy:
@@ -86,7 +99,7 @@ class Policy:
             model.enable_input_require_grads()
         self.model: Any = model  # a PreTrainedModel, or peft's wrapper around one
         self.splits_head = hidden_times_head_is_logits(self.causal_lm)
-        self.packs_trees = self.splits_head and _tree_mask_is_exact(self.causal_lm)
+        self.packs_trees = self.splits_head and tree_mask_is_exact(self.causal_lm)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -98,6 +111,27 @@ class Policy:
         """How many numbers the model has, adapters included."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def frozen(self) -> PreTrainedModel | None:
+        """The copy of the initial student; None without anchor, and under LoRA, which needs none."""
+        return self._reference
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a last hidden state."""
+        return int(self.causal_lm.config.get_text_config().hidden_size)
+
+    def states(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """Last hidden states [B, L, D] and the head; for families that rework the logits, the logits and the identity.
+
+        Args:
+            model: the policy's causal LM, or its reference.
+        """
+        if not self.splits_head:
+            return model(**inputs, use_cache=False).logits, nn.Identity()
+        body, head = split_model(model)
+        return body(**inputs, use_cache=False).last_hidden_state, head
+
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The frozen initial student: a copy, or the same model with its adapters off."""
@@ -105,14 +139,27 @@ class Policy:
             with self.model.disable_adapter():
                 yield self.causal_lm
         else:
-            assert self._reference is not None, "only an anchored policy has a reference"
-            yield self._reference
+            assert self.frozen is not None, "only an anchored policy has a reference"
+            yield self.frozen
 
     def cautions(self) -> list[str]:
         """Settings that are allowed but known to end badly, a sentence each."""
         if self.settings.dtype == "bfloat16" and not self.settings.lora:
-            return ["student.dtype=bfloat16 without student.lora: small updates are lost in its 8 bits; prefer float32"]
+            return [
+                "student.dtype=bfloat16 without student.lora: small updates are lost in its 8 bits; prefer float32 with "
+                "student.mixed_precision=true"
+            ]
         return []
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Every forward pass of the student happens inside this: autocast to bfloat16 where `mixed_precision` asks for it.
+
+        Sampling, too: the update's importance ratios, entropies and on-policy values presume that what wrote a token and what
+        learns it agree, and products in another type would be a gap between them in every step (trap S1).
+        """
+        if not self.settings.mixed_precision:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16)
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -181,30 +228,3 @@ def _with_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
 
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-@torch.no_grad()
-def _tree_mask_is_exact(model: PreTrainedModel) -> bool:
-    """Whether a branch packed behind its sibling sees just its own ancestors: not so with recurrent or windowed layers.
-
-    A window may be longer than any text worth trying, so that the kinds of layers are asked for first.
-    """
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-        return False
-    body, head = split_model(model)
-    trunk, branch = [1, 2, 3, 4], [5, 6]
-    packed = torch.tensor([[*trunk, *branch]], device=model.device) % head.weight.shape[0]
-    alone = torch.tensor([[*trunk[:2], *branch]], device=model.device) % head.weight.shape[0]
-    seen = torch.ones(6, 6, dtype=torch.bool).tril()
-    seen[4:, 2:4] = False  # the branch leaves the trunk after its second token
-    bias = torch.zeros(1, 1, 6, 6, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min).to(model.device)
-    positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=model.device)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = body(input_ids=packed, attention_mask=bias, position_ids=positions).last_hidden_state[0, 4:]
-            line = body(input_ids=alone).last_hidden_state[0, 2:]
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return torch.allclose(tree.float(), line.float(), atol=tolerance, rtol=tolerance)

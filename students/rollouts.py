@@ -10,6 +10,7 @@ from omniopd.types import Author, Prompt, Rollout
 from omniopd.verification.text import char_ends
 from students.gap import Gap
 from students.policy import Policy
+from students.ranks import Ranks
 from students.scoring import score
 
 Ended = Callable[[int, Rollout], None]
@@ -23,10 +24,15 @@ class Sampler(ABC):
         version: how many updates the sampler's weights have seen.
         gap: how far the sampler's log-probs were from the trainer's when they were last compared; None where both have
             the same weights in the same code.
+        entropies: whether whoever hears of a rollout looks at its entropies; if not, they may be nan, unknown, where they
+            would have to be computed apart.
+        ranks: the processes of the run; None where it has one.
     """
 
     version: int = 0
     gap: Gap | None = None
+    entropies: bool = True
+    ranks: Ranks | None = None
 
     def __init__(self, policy: Policy, seed: int) -> None:
         self.policy, self.seed = policy, seed
@@ -55,7 +61,9 @@ class Sampler(ABC):
 
     def unwritten(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Rollouts of no tokens, for methods that learn from the teacher's answers alone."""
-        return [Rollout(p, self.policy.prompt_ids(p), (), (), (), (), "", "length") for p in prompts]
+        return [
+            Rollout(p, self.policy.prompt_ids(p), (), (), (), (), "", "length", version=self.version) for p in prompts
+        ]
 
     def given(self, prompt: Prompt, text: str) -> Rollout:
         """A text that somebody else wrote, as if the student had: its own log-probs and entropies at every token."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omniopd.losses import Head, forward_kl, reduction_scales, token_logp, token_nll
+from omniopd.losses import Head, forward_kl, importance_ratio, reduction_scales, token_logp, token_nll
 from omniopd.objective import Objective
 from omniopd.types import Rollout, Signal, Target
-from students.packing import Row
+from students.batches import Batch
+from students.stale import Stale
 
 TERMS = ("value_loss", "branch_loss", "anchor_loss", "divergence_loss")
 
@@ -21,16 +22,19 @@ class Coefficients:
     """What every prediction of a step is multiplied with.
 
     Own tokens' -log p [R], their KL to the initial student [R], their divergence from the teacher [R], and branches' -log p
-    [Q].
+    [Q]. `stale` [R] says which own tokens' -log p is multiplied with their ratio as well.
     """
 
     value_R: Tensor
     anchor_R: Tensor
     divergence_R: Tensor
     branch_Q: Tensor
+    stale: Stale | None = None
 
 
-def coefficients(rollouts: Sequence[Rollout], signal: Signal, objective: Objective) -> Coefficients:
+def coefficients(
+    rollouts: Sequence[Rollout], signal: Signal, objective: Objective, stale: Stale | None = None
+) -> Coefficients:
     """Values, weights, divergences and anchor of a step as flat coefficients, scaled by counts over the whole step."""
     value = _flat(signal.values_BT)
     audited = _flat(signal.mask_BT).bool()
@@ -56,6 +60,7 @@ def coefficients(rollouts: Sequence[Rollout], signal: Signal, objective: Objecti
         anchor_R=held.float() * (objective.anchor.beta * anchor_scale),
         divergence_R=audited * _flat(aimed) * value_scale if aimed else torch.zeros(len(value)),
         branch_Q=branch * (branch_scale * signal.branch_scale),
+        stale=stale,
     )
 
 
@@ -67,18 +72,19 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
 class Sites:
     """The predictions of a micro-batch, S of them: the own tokens of each of its rows, then the tokens of branches.
 
-    `places` [S] are (row, index of the token that predicts), `ids` [S] what it predicts. The coefficients are [S] as well;
+    `places` [S] say which of the batch's tokens, bin after bin, predicts; `ids` [S] what. The coefficients are [S] as well;
     `nll` is that of -log p. Texts of branches that agree share a site, which gets the sum of their coefficients. `pieces` are
     (first site, one past the last, target) of the rollouts that have a target.
     """
 
-    places: list[tuple[int, int]]
+    places: Tensor
     ids: Tensor
     own: int  # how many of the sites are own tokens
     nll: Tensor
     anchor: Tensor
     divergence: Tensor
     pieces: list[tuple[int, int, Target]]
+    stale: Stale | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -92,41 +98,45 @@ class Sites:
         """The same with its tensors there."""
         return replace(
             self,
+            places=self.places.to(device),
             ids=self.ids.to(device),
             nll=self.nll.to(device),
             anchor=self.anchor.to(device),
             divergence=self.divergence.to(device),
+            stale=self.stale and self.stale.to(device),
         )
 
 
-def sites_of(rows: Sequence[Row], scaled: Coefficients, targets: Sequence[Target | None] = ()) -> Sites:
-    """The predictions of a micro-batch's rows, with their coefficients."""
-    own = [(b, i, token) for b, row in enumerate(rows) for i, token, _ in row.own_sites]
-    numbers = [n for row in rows for _, _, n in row.own_sites]
-    learned = [((b, i, token), n) for b, row in enumerate(rows) for i, token, n in row.branch_sites]
+def sites_of(batch: Batch, scaled: Coefficients, targets: Sequence[Target | None] = ()) -> Sites:
+    """The predictions of a micro-batch, with their coefficients."""
+    places, ids, numbers = batch.own_sites()
+    pieces = []
+    learned: list[tuple[tuple[int, int], int]] = []
+    first = 0
+    for row, (at, column) in zip(batch.rows, batch.places, strict=True):
+        start = at * batch.width + column
+        learned += [((start + i, token), n) for i, token, n in row.branch_sites]
+        if row.own is not None:
+            target = targets[row.own.rollout] if targets else None
+            if target is not None:
+                pieces.append((first, first + len(row.own.ids), target))
+            first += len(row.own.ids)
     unique = {site: n for n, site in enumerate(dict.fromkeys(site for site, _ in learned))}
     branch = torch.zeros(len(unique)).index_add_(
         0,
         torch.tensor([unique[site] for site, _ in learned], dtype=torch.long),
         scaled.branch_Q[[n for _, n in learned]],
     )
-    pieces = []
-    first = 0
-    for row in rows:
-        target = targets[row.rollout] if targets and row.rollout is not None else None
-        if target is not None and row.own_sites:
-            pieces.append((first, first + len(row.own_sites), target))
-        first += len(row.own_sites)
     silent = torch.zeros(len(unique))
-    sites = [*own, *unique]
     return Sites(
-        places=[(b, i) for b, i, _ in sites],
-        ids=torch.tensor([token for _, _, token in sites], dtype=torch.long),
-        own=len(own),
+        places=torch.cat([places, torch.tensor([place for place, _ in unique], dtype=torch.long)]),
+        ids=torch.cat([ids, torch.tensor([token for _, token in unique], dtype=torch.long)]),
+        own=len(numbers),
         nll=torch.cat([scaled.value_R[numbers], branch]),
         anchor=torch.cat([scaled.anchor_R[numbers], silent]),
         divergence=torch.cat([scaled.divergence_R[numbers], silent]),
         pieces=pieces,
+        stale=scaled.stale and scaled.stale.at(numbers, len(unique)),
     )
 
 
@@ -140,6 +150,7 @@ class SliceLoss:
     def __init__(self, sites: Sites, reference: Tensor | None = None, reference_head: Head | None = None) -> None:
         """`reference` [sites.own, E] are the initial student's last hidden states; None without anchor."""
         self.sites, self.reference, self.reference_head = sites, reference, reference_head
+        self._ratios = None if sites.stale is None else torch.full_like(sites.nll, torch.nan)
 
     def __call__(self, logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         value, branch = self._likelihood(logits, at)
@@ -147,12 +158,23 @@ class SliceLoss:
         terms = torch.stack([value, branch, anchor, self._divergence(logits, at)])
         return terms.sum(), torch.cat([terms.detach(), kl[None]])
 
+    @property
+    def ratios(self) -> Tensor:
+        """The ratios [n] so far of the sites that older weights sampled, before truncation."""
+        return self.sites.nll.new_zeros(0) if self._ratios is None else self._ratios[~self._ratios.isnan()]
+
     def _likelihood(self, logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         some = self.sites.nll[at].nonzero()[:, 0]
         if not len(some):
             return _zero(logits), _zero(logits)
         coefficient = self.sites.nll[at][some]
         logp = token_logp(_rows(logits, some), self.sites.ids[at][some])
+        if (stale := self.sites.stale) is not None and self._ratios is not None:
+            ratio = importance_ratio(logp, stale.logp[at][some])
+            self._ratios[at.start + some] = ratio.to(
+                self._ratios.dtype
+            )  # the same again where a head is computed again
+            coefficient = coefficient * stale.truncated(ratio)
         own = some < self.sites.own - at.start
         return token_nll(logp[own], coefficient[own]), token_nll(logp[~own], coefficient[~own])
 

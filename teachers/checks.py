@@ -21,7 +21,7 @@ from omniopd.types import Message, Prompt, Usage
 from teachers import ladder
 from teachers.asker import LONG, SHORT, Asker
 from teachers.asks import Ask, Choice
-from teachers.client import first_error
+from teachers.gathering import first_error
 from teachers.rung import COUNTED, Unanswered, continuation
 from teachers.scoring import Scores, scorer_of
 from teachers.wire import Call, Malformed, RefusedRequest

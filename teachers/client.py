@@ -3,7 +3,10 @@
 Order: the queries of one rollout follow one another by ascending chunk start, each sent when the one before is
 answered, so that nested prefixes hit the provider's prompt cache; where one call can't carry all draws of a chunk, one
 goes ahead and warms that cache, and the others follow together. Rollouts run beside each other. With `warm_cache: false`
-all queries run beside each other, in the same order.
+all queries run beside each other, in the same order. Queries that come list after list are sent list after list.
+
+Several gathers may be under way at once. They share the pace, the budget and what is known of the teacher, and of equal
+queries, whichever gather they belong to, one is paid for.
 
 Draws: one that was rejected or dropped is not replaced, so `len(replies) + sum(rejected) == query.n` always. A call
 covers neighbouring draws only and is seeded with the first one's seed, so that a server that gives choice j the seed
@@ -20,13 +23,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, ClassVar
 
-from omniopd.errors import ConfigError, OmniError, TeacherError
+from omniopd.errors import ConfigError, TeacherError
 from omniopd.ledger import Ledger
 from omniopd.store import NEVER_STORED, Booking, Draw, Store
 from omniopd.types import (
@@ -34,36 +36,38 @@ from omniopd.types import (
     ContinueQuery,
     Distributions,
     Evidence,
+    Heard,
     Prompt,
+    Queries,
     Query,
     ScoreQuery,
     TokenScores,
     Usage,
 )
 from omniopd.vocabulary import Vocabulary
-from teachers.asks import Ask, Manner, ScoreAsk, evidence, judge, order, settings_of, size
-from teachers.gathering import Gathering
+from teachers.asks import Ask, Manner, ScoreAsk, evidence, judge, settings_of
+from teachers.gathering import Gathering, Locks, chains, first_error, lists, spans
 from teachers.given import Passage, draw_of, hole, passage, token_scores
 from teachers.ladder import Rung
+from teachers.money import Meter, usage_of
 from teachers.rung import choose, why_not
-from teachers.scoring import Scores, Scoring
+from teachers.scoring import Scoring
 from teachers.wire import Backend, Completion, Outcome, RefusedRequest, Session, Shows, TeacherConfig
 
 log = logging.getLogger(__name__)
 
 SILENT_CALLS = 8  # that many dropped calls before any answer: the step ends at once, not after thousands of tries
-BYTES_PER_TOKEN = 2  # of a prompt, before any reply has told: nearly every tokenizer needs more bytes for a token
 
 
 class ApiTeacher:
-    """A `Teacher` made of a back end, the ladder, the store and the ledger. `on_progress` hears how many queries are done.
+    """A `Teacher` made of a back end, the ladder, the store and the ledger.
 
     A subclass names its `Config` and its `Backend`, a class that is made from the config.
     """
 
     Config: ClassVar[type[TeacherConfig]]
     Backend: ClassVar[Any]  # a callable (config, **test doubles) -> wire.Backend
-    streams: bool = False
+    streams: bool = True
 
     def __init__(self, config: TeacherConfig, store: Store, ledger: Ledger | None = None, **backend: Any) -> None:
         """Ready to gather; `backend` goes to the back end (tests give it a fake network and a fake clock).
@@ -74,16 +78,15 @@ class ApiTeacher:
         self._config, self._store, self._ledger = config, store, ledger or Ledger(store)
         self.backend: Backend = type(self).Backend(config, **backend)
         self.fingerprint = self.backend.fingerprint
-        self.on_progress: Callable[[int], None] | None = None
-        self.price, self._price_from = self._ledger.price(getattr(config, "model", ""), config.price)
+        self._meter = Meter(self._ledger, self.fingerprint, getattr(config, "model", ""), config.price)
+        self.price = self._meter.price
         n, seed = getattr(config, "n", True), getattr(config, "seed", True)
         self._most: int | None = 1 if n is False else None  # draws per call; learnt where no call brings more
         self._brought = 0  # the most that one call has brought
         self.seeded = seed is not False
         self._may_lose = {name for name, value in (("n", n), ("seed", seed)) if value == "auto"}
-        self._bytes_per_token = float(BYTES_PER_TOKEN)
-        self._hidden_tokens = 0  # more tokens than bytes: text that the server adds to every prompt
-        self._checked = False
+        self._locks = Locks()
+        self._settled = False  # whether the rung is
         self.probed = Usage()  # what was asked outside gathers
         # Until `auto` has looked, only the rung that needs no proof is promised.
         self._use(self.backend.rungs[-1] if config.continuation == "auto" else config.continuation)
@@ -98,36 +101,33 @@ class ApiTeacher:
         promised: Capabilities = cls.Backend.promises(config)
         return promised if config.continuation == "auto" else replace(promised, continuation=config.continuation)
 
-    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
-        """Evidence for each query, in order.
+    async def gather(self, queries: Queries, progress: Heard | None = None) -> list[Evidence]:
+        """Evidence for each query, in the order in which they came.
 
         Raises:
             TeacherError: the teacher can't be reached, refuses the key, the model or the request, or answers nothing.
             BudgetSpent: the next call may cost more than is left.
             StoreError: the store can't be read or written.
         """
-        if not queries:
-            return []
-        step, results = Gathering(), dict[int, Evidence]()
-        ranked = sorted(range(len(queries)), key=lambda index: order(queries[index]))
-        if self._config.warm_cache:
-            rows = [list(row) for _, row in groupby(ranked, key=lambda index: order(queries[index])[0])]
-        else:
-            rows = [[index] for index in ranked]
+        step, looked = Gathering(), Usage()
+        asked, results = list[Query](), dict[int, Evidence]()
 
-        async def follow(session: Session, row: Iterable[int]) -> None:
-            for index in row:
-                results[index] = await self._answer(session, step, queries[index])
-                if self.on_progress is not None:
-                    self.on_progress(len(results))
+        async def follow(session: Session, chain: Iterable[int]) -> None:
+            for index in chain:
+                results[index] = await self._answer(session, step, asked[index])
+                if progress is not None:
+                    progress(len(results), len(asked))
 
         try:
             async with self.backend.session() as session:
                 try:
-                    checked = await self._settle(session, queries)
-                    async with asyncio.TaskGroup() as group:
-                        for row in rows:
-                            group.create_task(follow(session, row))
+                    async with aclosing(lists(queries)) as coming, asyncio.TaskGroup() as group:
+                        async for some in coming:
+                            looked += await self._settle(session, some)
+                            first = len(asked)
+                            asked += some
+                            for chain in chains(some, linked=self._config.warm_cache):
+                                group.create_task(follow(session, [first + index for index in chain]))
                 finally:
                     await step.drain(session)
         except BaseExceptionGroup as failures:
@@ -136,9 +136,9 @@ class ApiTeacher:
             raise self._silence(step)
         if step.dropped:
             log.warning("%d of %d calls to the teacher were given up (last: %s)", step.dropped, step.calls, step.last)
-        if checked != Usage():
-            results[0] = replace(results[0], usage=results[0].usage + checked)
-        return [results[index] for index in range(len(queries))]
+        if looked != Usage():
+            results[0] = replace(results[0], usage=results[0].usage + looked)
+        return [results[index] for index in range(len(asked))]
 
     async def close(self) -> None:
         """Nothing stays open between gathers; the store belongs to the caller."""
@@ -177,18 +177,18 @@ class ApiTeacher:
         keys = ask.keys(query.n)
         if not keys:
             return evidence(query, {}, Usage())
-        async with step.locks[keys[0]]:  # equal queries of one step are paid for once
+        async with self._locks[keys[0]]:  # equal queries are paid for once
             held = self._store.get_many(keys)
             got: dict[int, Draw | str] = {index: held[key] for index, key in enumerate(keys) if key in held}
             step.reused += len(got)
             usage = Usage(cached_calls=1 if len(got) == len(keys) else 0)
             warm = not self._config.warm_cache
             while missing := [index for index in range(query.n) if index not in got]:
-                spans = list(_spans(missing, self._most))
+                runs = list(spans(missing, self._most))
                 async with asyncio.TaskGroup() as group:
                     sent = [
                         group.create_task(self._call(session, step, ask, keys, span))
-                        for span in (spans if warm else spans[:1])
+                        for span in (runs if warm else runs[:1])
                     ]
                 for task in sent:
                     outcomes, used = task.result()
@@ -224,13 +224,13 @@ class ApiTeacher:
         if outcome.value is None:
             self._note_dropped(step, outcome)
             holes = {keys[index]: outcome.reason for index in span}
-            self._store.keep({}, holes, self._booking(ask, outcome, 0))
+            self._store.keep({}, holes, self._meter.booking(ask, outcome, 0))
             return dict.fromkeys(span, outcome.reason), Usage(calls=outcome.attempts)
         draws = dict(zip(span, self._draws(outcome.value, ask, len(span)), strict=False))  # a server may give fewer
         self._brought = max(self._brought, len(draws))
         if len(draws) < len(span) or (self._most is not None and self._most < self._brought):
             self._most = self._brought  # a reply that is short for once teaches nothing
-        return self._keep(keys, draws, self._booking(ask, outcome, len(draws)))
+        return self._keep(keys, draws, self._meter.booking(ask, outcome, len(draws)))
 
     async def _score(self, session: Session, step: Gathering, query: ScoreQuery) -> TokenScores:
         """The scores of one response, from the store or by one call."""
@@ -244,7 +244,7 @@ class ApiTeacher:
         if reason := hole(ask, vocabulary):
             self._store.keep({}, {key: reason})
             return token_scores(query, reason, Usage(), vocabulary)
-        async with step.locks[key]:
+        async with self._locks[key]:
             held = {} if ask.whole else self._store.get_many([key])
             if key in held:
                 step.reused += 1
@@ -269,9 +269,9 @@ class ApiTeacher:
         step.calls += 1
         if outcome.value is None:
             self._note_dropped(step, outcome)
-            self._store.keep({}, {key: outcome.reason}, self._booking(ask, outcome, 0))
+            self._store.keep({}, {key: outcome.reason}, self._meter.booking(ask, outcome, 0))
             return outcome.reason, Usage(calls=outcome.attempts), None
-        draw, booking = draw_of(given, outcome.value, vocabulary), self._booking(ask, outcome, 1)
+        draw, booking = draw_of(given, outcome.value, vocabulary), self._meter.booking(ask, outcome, 1)
         kept, usage = self._keep([key], {} if ask.whole else {0: draw}, booking)
         return kept.get(0, draw), usage, outcome.value.distributions
 
@@ -324,51 +324,8 @@ class ApiTeacher:
     # ------------------------------------------------------------------ money
 
     def _most_usd(self, ask: Ask | ScoreAsk, n: int) -> float:
-        """The most that a call can cost. A prompt's tokens are estimated from its bytes, as the replies so far had it."""
-        if self.price is None:
-            return 0.0
-        tokens = _bytes(ask) / self._bytes_per_token + self._hidden_tokens
-        prompt = int(1.1 * tokens) + 64  # the template's own tokens
-        per_draw = 1 if self._most is None or self._most >= n else n
-        return self.price.most(prompt * per_draw, ask.max_tokens * n)
-
-    def price_of(self, usage: Usage) -> float | None:
-        """USD for these tokens; None where no price is known."""
-        return self.price.cost(usage) if self.price else None
-
-    def _cost(self, usage: Usage) -> float:
-        return self.price_of(usage) or 0.0
-
-    def _booking(self, ask: Ask | ScoreAsk, outcome: Outcome[Completion] | Outcome[Scores], draws: int) -> Booking:
-        """A call as the ledger keeps it; a reply that tells no usage is booked as an estimate."""
-        completion, sent = outcome.value, _bytes(ask)
-        usage = completion.usage if completion else Usage()
-        estimated = usage is None
-        if usage is None:
-            texts = [choice.text for choice in completion.choices] if isinstance(completion, Completion) else []
-            usage = Usage(prompt_tokens=sent // 3 + 1, completion_tokens=size(texts) // 3 + 1)
-        elif usage.prompt_tokens:
-            self._bytes_per_token = min(self._bytes_per_token, max(1.0, sent / usage.prompt_tokens))
-            self._hidden_tokens = max(self._hidden_tokens, usage.prompt_tokens - sent)
-        return Booking(
-            run=self._ledger.run,
-            teacher=self.fingerprint,
-            purpose=ask.purpose,
-            model=completion.model if completion else "",
-            draws=draws,
-            attempts=outcome.attempts,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cache_read_tokens=usage.cache_read_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-            reasoning_tokens=usage.reasoning_tokens,
-            cost_usd=self._cost(usage),
-            price=self._price_from,
-            time=round(time.time(), 3),
-            request_id=completion.request_id if completion else "",
-            reason=None if completion else outcome.reason,
-            estimated=estimated,
-        )
+        """The most that a call for n draws can cost; a server that gives fewer at once reads the prompt for each."""
+        return self._meter.most(ask, n, prompts=1 if self._most is None or self._most >= n else n)
 
     def prober(self, session: Session) -> Callable[[Ask, int, int | None], Awaitable[Outcome[Completion]]]:
         """Asks the live teacher outside a gather: money is reserved and booked, nothing is stored."""
@@ -383,7 +340,7 @@ class ApiTeacher:
                     self._lose(refusal)
                     outcome = await session.draw(ask, n, None)
                 drawn = len(outcome.value.choices) if outcome.value else 0
-                booking = replace(self._booking(ask, outcome, drawn), purpose="probe")
+                booking = replace(self._meter.booking(ask, outcome, drawn), purpose="probe")
                 self._store.keep({}, booking=booking)
                 self._ledger.note(booking)
                 self.probed += usage_of(booking)
@@ -415,14 +372,16 @@ class ApiTeacher:
         Returns:
             What the look cost.
         """
-        used, settled = Usage(), True
-        if self._checked:
-            return used
-        if self._config.continuation == "auto":
-            rung: Rung | None = self._store.teachers().get(self.fingerprint, {}).get("rung")
-            asked = [query for query in queries if isinstance(query, ContinueQuery) and query.chunk.prefix]
+        async with self._locks["settle"]:  # of several gathers one looks
+            if self._settled:
+                return Usage()
+            used = Usage()
+            rung: Rung | None = None if self._config.continuation == "auto" else self._config.continuation
+            if rung is None:
+                rung = self._store.teachers().get(self.fingerprint, {}).get("rung")
             if rung is None:
                 rung = (self._store.probe(self.fingerprint) or {}).get("rung")
+            asked = [query for query in queries if isinstance(query, ContinueQuery) and query.chunk.prefix]
             if rung is None and asked:
                 before = self.probed
                 rung, looks = await choose(self.prober(session), self.backend, self.manner, asked[0].prompt)
@@ -431,46 +390,8 @@ class ApiTeacher:
                     log.warning("continuation: %s (%s)", rung, why_not(looks))
             if rung is not None:
                 self._use(rung)
-            settled = rung is not None
-        known = settings_of(self.manner) if settled else settings_of(self.manner) | {"rung": None}
-        offered = {"score": self.capabilities.score, "topk": self.capabilities.topk}
-        self._store.put_teacher(self.fingerprint, self.backend.record() | known | offered)
-        self._checked = settled
-        return used
-
-
-def usage_of(booking: Booking) -> Usage:
-    """What a booked call used."""
-    return Usage(
-        calls=booking.attempts,
-        prompt_tokens=booking.prompt_tokens,
-        completion_tokens=booking.completion_tokens,
-        cost_usd=booking.cost_usd,
-        cache_read_tokens=booking.cache_read_tokens,
-        cache_write_tokens=booking.cache_write_tokens,
-        reasoning_tokens=booking.reasoning_tokens,
-    )
-
-
-def _bytes(ask: Ask | ScoreAsk) -> int:
-    return size(message.content for message in ask.messages)
-
-
-def _spans(indexes: Sequence[int], most: int | None) -> Iterator[list[int]]:
-    """Runs of neighbouring indexes, none longer than `most`."""
-    span: list[int] = []
-    for index in indexes:
-        if span and (index != span[-1] + 1 or len(span) == most):
-            yield span
-            span = []
-        span.append(index)
-    if span:
-        yield span
-
-
-def first_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to show of those that ended a task group: one of ours if there is any."""
-    leaves: list[BaseException] = []
-    for failure in failures.exceptions:
-        leaves.append(first_error(failure) if isinstance(failure, BaseExceptionGroup) else failure)
-    return next((leaf for leaf in leaves if isinstance(leaf, OmniError)), leaves[0])
+            known = settings_of(self.manner) | ({"rung": None} if rung is None else {})
+            offered = {"score": self.capabilities.score, "topk": self.capabilities.topk}
+            self._store.put_teacher(self.fingerprint, self.backend.record() | known | offered)
+            self._settled = rung is not None
+            return used

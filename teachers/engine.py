@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
+import torch
+
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import OmniError, TeacherError
 from omniopd.sampling import Request
@@ -73,7 +75,12 @@ class Engine(ABC):
     def __init__(self, chat: ChatTemplate, context: int) -> None:
         """`context` is how many tokens prompt and answer may have together."""
         self.chat, self.context = chat, context
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="engine",
+            initializer=torch.set_num_threads,  # as here and now, not as whoever happens to sample at the first batch
+            initargs=(torch.get_num_threads(),),
+        )
         self._fresh_seed = time.time_ns()
         self._pieces: dict[int, str] = {}
         self._anchor = chat.encode("a")[0][-1:]

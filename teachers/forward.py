@@ -17,6 +17,7 @@ from teachers.engine import Given
 from teachers.scoring import Scores, likeliest
 
 SLICE = 512  # places whose logits [SLICE, V] exist at one time
+CPU_TOKENS = 1024  # more at once make no product faster on a CPU: states leave its cache, rows are padded more
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -26,13 +27,14 @@ def score(model: PreTrainedModel, logits: Logits, rows: Sequence[Given], *, batc
     """The scores of each row, in order.
 
     Args:
-        logits: makes logits [n, V] of last hidden states [n, D].
+        logits: makes logits [n, V] of last hidden states [n, D], without gradients; the head of whole distributions.
         batch_tokens: bound on rows times width of one batch, hence on memory.
     """
+    if model.device.type == "cpu":
+        batch_tokens = min(batch_tokens, CPU_TOKENS)
     found: dict[int, Scores] = {}
     for batch in _batches(rows, batch_tokens):
-        hidden = _hidden(model, [rows[place] for place in batch])
-        found |= {place: _scores(rows[place], states, logits) for place, states in zip(batch, hidden, strict=True)}
+        found |= zip(batch, _scores([rows[place] for place in batch], model, logits), strict=True)
     return [found[place] for place in range(len(rows))]
 
 
@@ -56,26 +58,37 @@ def _hidden(model: PreTrainedModel, rows: Sequence[Given]) -> list[Tensor]:
     return [states[_first(row) - 1 : len(row.ids) - 1] for states, row in zip(hidden, rows, strict=True)]
 
 
-def _scores(row: Given, hidden: Tensor, logits: Logits) -> Scores:
-    """Log-probs in fp32 over the whole vocabulary."""
-    own: list[float | None] = [None] * (_first(row) - row.start)  # nothing precedes the first token of all
-    top: list[dict[int, float]] = [{} for _ in own]
-    ids = torch.tensor(row.ids[_first(row) :], device=hidden.device)
-    for states, given in zip(hidden.split(SLICE), ids.split(SLICE), strict=True):
+def _scores(rows: Sequence[Given], model: PreTrainedModel, logits: Logits) -> list[Scores]:
+    """Log-probs in fp32 over the whole vocabulary, of one batch."""
+    hidden = _hidden(model, rows)
+    ids = torch.tensor([token for row in rows for token in row.ids[_first(row) :]], device=model.device)
+    most = max(row.top for row in rows)
+    own: list[float] = []
+    best: list[tuple[list[int], list[float]]] = []
+    for states, given in zip(torch.cat(hidden).split(SLICE), ids.split(SLICE), strict=True):
         logp = logits(states).float().log_softmax(-1)
         own += logp.gather(1, given[:, None])[:, 0].tolist()
-        values, tokens = logp.topk(min(row.top, logp.shape[-1]), -1)
-        places = zip(tokens.tolist(), values.tolist(), strict=True)
-        top += [likeliest(dict(zip(*place, strict=True)), row.top) for place in places]
-    whole = Distributions(hidden.clone(), _frozen(logits)) if row.whole else None
-    return Scores(tuple(own), tuple(top), whole, Usage(prompt_tokens=len(row.ids)))
+        values, tokens = logp.topk(min(most, logp.shape[-1]), -1)
+        best += zip(tokens.tolist(), values.tolist(), strict=True)
+    scores = []
+    end = 0
+    for row, states in zip(rows, hidden, strict=True):
+        start, end = end, end + len(states)
+        unknown = _first(row) - row.start  # nothing precedes the first token of all
+        top = [likeliest(dict(zip(*place, strict=True)), row.top) for place in best[start:end]]
+        whole = Distributions(states.clone(), logits) if row.whole else None
+        usage = Usage(prompt_tokens=len(row.ids))
+        scores.append(Scores((*[None] * unknown, *own[start:end]), (*[{}] * unknown, *top), whole, usage))
+    return scores
 
 
 def _first(row: Given) -> int:
     return max(row.start, 1)
 
 
-def _frozen(logits: Logits) -> Logits:
+def frozen(logits: Logits) -> Logits:
+    """The same without gradients."""
+
     def head(hidden: Tensor) -> Tensor:
         with torch.no_grad():
             return logits(hidden)

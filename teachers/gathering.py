@@ -1,20 +1,73 @@
-"""One gather's bookkeeping: what it has seen so far, and its calls under way, which are paid for and so are waited for."""
+"""One gather: its queries as they come, what it has seen so far, and its calls under way, which are paid for and so are
+waited for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
+from omniopd.errors import OmniError
 from omniopd.ledger import Ledger
+from omniopd.types import Queries, Query
+from teachers.asks import order
 from teachers.wire import Quits, Session
 
 DRAIN_S = 20.0  # how long a gather that ends early waits for the calls under way
 
 T = TypeVar("T")
+
+
+async def lists(queries: Queries) -> AsyncGenerator[Sequence[Query], None]:
+    """The lists of queries as they come; those that are all there are one list."""
+    if isinstance(queries, Sequence):
+        yield queries
+    else:
+        async for some in queries:
+            yield some
+
+
+def chains(queries: Sequence[Query], *, linked: bool) -> list[list[int]]:
+    """The places of the queries, as they are to follow one another: a chain for each rollout, or (not `linked`) for each
+    query."""
+    ranked = sorted(range(len(queries)), key=lambda index: order(queries[index]))
+    if not linked:
+        return [[index] for index in ranked]
+    return [list(chain) for _, chain in groupby(ranked, key=lambda index: queries[index].row)]
+
+
+def spans(indexes: Sequence[int], most: int | None) -> Iterator[list[int]]:
+    """Runs of neighbouring indexes, none longer than `most`."""
+    span: list[int] = []
+    for index in indexes:
+        if span and (index != span[-1] + 1 or len(span) == most):
+            yield span
+            span = []
+        span.append(index)
+    if span:
+        yield span
+
+
+def first_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to show of those that ended a task group: one of ours if there is any."""
+    leaves: list[BaseException] = []
+    for failure in failures.exceptions:
+        leaves.append(first_error(failure) if isinstance(failure, BaseExceptionGroup) else failure)
+    return next((leaf for leaf in leaves if isinstance(leaf, OmniError)), leaves[0])
+
+
+class Locks:
+    """A lock for each name, there for as long as somebody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
 
 @dataclass
@@ -26,7 +79,6 @@ class Gathering:
     reused: int = 0
     last: str = ""
     over: bool = False  # nothing new is sent
-    locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     under_way: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property

@@ -140,8 +140,13 @@ class InProcessBackend:
 
 
 class InProcessTeacher(ApiTeacher):
-    """A `Teacher` in this process."""
+    """A `Teacher` in this process.
 
+    It does not stream: it has the student's device, so that to ask early wins nothing; and what it is asked at once makes its
+    batches, which have to be the same, rounding included, when a run repeats.
+    """
+
+    streams = False
     backend: InProcessBackend
 
     async def close(self) -> None:

@@ -18,17 +18,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from omniopd.errors import TeacherError
+from omniopd.settings import Settings
 
 # A call's end, as the pace sees it: answered at its first try; answered otherwise (a later try, or this one request was
 # turned down: the server works, but says nothing about its limit); refused for coming too often; a fault of the server
 # or the line; or given up by ourselves.
 How = Literal["clean", "answered", "throttled", "fault", "gone"]
 Concurrency = Literal["auto"] | int
+C = TypeVar("C", bound=Settings)
 
 START, LEAST, MOST = 20, 1, 256
 LEAST_ROUND = 4  # answers
@@ -424,6 +426,22 @@ class Pace:
                 turn.future.set_exception(TeacherError(message))
         self._again.clear()
         self._fresh.clear()
+
+
+def shared_out(config: C, processes: int) -> C:
+    """A teacher's settings for one of several processes: their limits of calls at once and per minute add up to its own.
+
+    What can't be divided is at least one for each. `auto` finds out what the server takes, however many ask.
+    """
+    if processes == 1:
+        return config
+    limits = {name: getattr(config, name, None) for name in ("concurrency", "rpm", "tpm")}
+    shares: dict[str, Any] = {
+        name: max(1, limit // processes) for name, limit in limits.items() if isinstance(limit, int)
+    }
+    if parts := getattr(config, "teachers", None):
+        shares["teachers"] = {name: shared_out(part, processes) for name, part in parts.items()}
+    return config.model_copy(update=shares)
 
 
 # Weak: the state goes with the last teacher that uses it.

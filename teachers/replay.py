@@ -6,7 +6,7 @@ usage differs, since nothing is called or paid. Whole distributions are not reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from omniopd.errors import ConfigError, StoreError
@@ -14,9 +14,10 @@ from omniopd.ledger import Ledger
 from omniopd.registry import TEACHERS
 from omniopd.settings import Settings
 from omniopd.store import Draw, Store
-from omniopd.types import Capabilities, Evidence, Query, ScoreQuery, Usage
+from omniopd.types import Capabilities, Evidence, Heard, Queries, Query, ScoreQuery, Usage
 from teachers import ladder
 from teachers.asks import Manner, describe, evidence
+from teachers.gathering import lists
 from teachers.given import token_scores
 
 
@@ -30,7 +31,10 @@ class ReplayConfig(Settings):
 
 @TEACHERS.register("replay")
 class ReplayTeacher:
-    """A recorded teacher. It has the fingerprint of the one it repeats, so a replay computes the same keys."""
+    """A recorded teacher. It has the fingerprint of the one it repeats, so a replay computes the same keys.
+
+    It does not stream: the recording answers at once.
+    """
 
     Config = ReplayConfig
     streams: bool = False
@@ -43,7 +47,6 @@ class ReplayTeacher:
             ConfigError: `fingerprint` is needed, or names no teacher of that store.
         """
         self._recording = Store(config.path, create=False)
-        self.on_progress: Callable[[int], None] | None = None
         try:
             self.fingerprint, self._manner = self._recorded(config)
         except BaseException:
@@ -68,17 +71,18 @@ class ReplayTeacher:
         teacher._recording.close()
         return teacher.capabilities
 
-    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
+    async def gather(self, queries: Queries, progress: Heard | None = None) -> list[Evidence]:
         """The recorded evidence for each query, in order.
 
         Raises:
             StoreError: a draw was never recorded.
         """
+        asked = [query async for some in lists(queries) for query in some]
         found = []
-        for done, query in enumerate(queries, start=1):
+        for query in asked:
             found.append(self._answer(query))
-            if self.on_progress is not None:
-                self.on_progress(done)
+            if progress is not None:
+                progress(len(found), len(asked))
         return found
 
     async def close(self) -> None:

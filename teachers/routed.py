@@ -13,9 +13,9 @@ import asyncio
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ from omniopd.ledger import Ledger
 from omniopd.registry import TEACHERS
 from omniopd.settings import Settings, tagged
 from omniopd.store import Store
-from omniopd.types import Capabilities, Evidence, Prompt, Query, Teacher
+from omniopd.types import Capabilities, Evidence, Heard, Prompt, Queries, Query, Teacher
 from teachers.asks import digest
-from teachers.client import first_error
+from teachers.gathering import first_error, lists
 
 _WORST_LAST = ("raw", "prefill", "instruct", None)
 
@@ -77,12 +77,36 @@ class RoutedConfig(Settings):
         return self.default
 
 
+@dataclass
+class _Share:
+    """One teacher's share of a gather: its lists as they come, and where its queries stand among all; None ends it."""
+
+    places: list[int] = field(default_factory=list)
+    queue: asyncio.Queue[list[Query] | None] = field(default_factory=asyncio.Queue)
+    done: int = 0
+
+    def put(self, queries: dict[int, Query]) -> None:
+        self.places += queries
+        self.queue.put_nowait(list(queries.values()))
+
+    def __aiter__(self) -> AsyncIterator[list[Query]]:
+        return self
+
+    async def __anext__(self) -> list[Query]:
+        if (queries := await self.queue.get()) is None:
+            raise StopAsyncIteration
+        return queries
+
+
 @TEACHERS.register("routed")
 class RoutedTeacher:
-    """Asks each query's own teacher, all of them beside each other; evidence says which one answered."""
+    """Asks each query's own teacher, all of them beside each other; evidence says which one answered.
+
+    It streams: a teacher that does not is asked when its whole share is there.
+    """
 
     Config = RoutedConfig
-    streams: bool = False
+    streams: bool = True
 
     def __init__(self, config: RoutedConfig, store: Store, ledger: Ledger | None = None) -> None:
         """Make all teachers; they share the store and the ledger.
@@ -100,7 +124,6 @@ class RoutedTeacher:
         routing = {"by": config.by, "weights": config.weights, "default": config.default}
         prints = {name: part.fingerprint for name, part in self._parts.items()}
         self.fingerprint = f"routed/{'+'.join(sorted(prints))}#{digest([prints, routing])[:16]}"
-        self.on_progress: Callable[[int], None] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -117,40 +140,50 @@ class RoutedTeacher:
         """Each teacher's settings, and the teacher."""
         return {name: (self._config.teachers[name], part) for name, part in self._parts.items()}
 
-    async def gather(self, queries: Sequence[Query]) -> list[Evidence]:
-        """Evidence for each query, in order.
+    async def gather(self, queries: Queries, progress: Heard | None = None) -> list[Evidence]:
+        """Evidence for each query, in the order in which they came.
 
         Raises:
             DataError: a prompt's column names no teacher, and there is no default.
             TeacherError: as the teachers do.
         """
-        routes = [self._config.route(query.prompt) for query in queries]
+        shares: dict[str, _Share] = {}
         found: dict[int, Evidence] = {}
-        done: dict[str, int] = {}
+        asked = 0
 
-        async def ask(name: str) -> None:
-            part, indexes = self._parts[name], [index for index, route in enumerate(routes) if route == name]
+        async def ask(name: str, share: _Share) -> None:
+            part = self._parts[name]
 
-            def progress(count: int) -> None:
-                done[name] = count
-                if self.on_progress is not None:
-                    self.on_progress(sum(done.values()))
+            def heard(done: int, _: int) -> None:
+                share.done = done
+                if progress is not None:
+                    progress(sum(one.done for one in shares.values()), asked)
 
-            part.on_progress = progress
+            whole = None if part.streams else [query async for some in share for query in some]
             try:
-                answers = await part.gather([queries[index] for index in indexes])
+                answers = await part.gather(share if whole is None else whole, heard)
             except TeacherError as error:
                 raise TeacherError(f"teacher.teachers.{name}: {error}") from None
-            for index, evidence in zip(indexes, answers, strict=True):
-                found[index] = replace(evidence, teacher=name)
+            for place, evidence in zip(share.places, answers, strict=True):
+                found[place] = replace(evidence, teacher=name)
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for name in dict.fromkeys(routes):
-                    group.create_task(ask(name))
+            async with aclosing(lists(queries)) as coming, asyncio.TaskGroup() as group:
+                async for some in coming:
+                    split: dict[str, dict[int, Query]] = {}
+                    for place, query in enumerate(some, start=asked):
+                        split.setdefault(self._config.route(query.prompt), {})[place] = query
+                    asked += len(some)
+                    for name, queries_of in split.items():
+                        if name not in shares:
+                            shares[name] = _Share()
+                            group.create_task(ask(name, shares[name]))
+                        shares[name].put(queries_of)
+                for share in shares.values():
+                    share.queue.put_nowait(None)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
-        return [found[index] for index in range(len(queries))]
+        return [found[place] for place in range(asked)]
 
     async def close(self) -> None:
         """Close all of them."""

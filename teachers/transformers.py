@@ -19,7 +19,7 @@ from omniopd.sampling import Request, end_ids, sample
 from omniopd.types import Capabilities
 from teachers.backend import offers_of
 from teachers.engine import Drawn, Engine, Given
-from teachers.forward import score
+from teachers.forward import frozen, score
 from teachers.in_process import InProcessBackend, InProcessConfig, InProcessTeacher
 from teachers.scoring import Scores
 
@@ -45,7 +45,10 @@ class TransformersEngine(Engine):
         """Draw from a model; batches are cut where draws times padded length would pass `batch_tokens`."""
         super().__init__(chat, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
         self.model, self.batch_tokens = model.eval().requires_grad_(False), batch_tokens
-        self.logits = logits_of(model)  # None: of an unusual build, so that it draws but does not score
+        logits = logits_of(model)  # None: of an unusual build, so that it draws but does not score
+        self.logits = (
+            None if logits is None else frozen(logits)
+        )  # one for all: targets of one head are computed together
         self.end_ids = end_ids(model, chat.tokenizer)
 
     @classmethod

@@ -6,7 +6,6 @@ builds one needs the usual `if __name__ == "__main__":`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,11 +13,11 @@ from typing import Any, Literal
 from pydantic import Field
 from transformers import AutoConfig
 
-from omniopd.chat import ChatTemplate, first_line
-from omniopd.errors import ConfigError
+from omniopd.chat import ChatTemplate
 from omniopd.registry import TEACHERS
 from omniopd.sampling import Request
 from omniopd.types import Capabilities, Usage
+from omniopd.vllm import UNCHANGED, load_engine, load_package
 from teachers.backend import offers_of
 from teachers.engine import Drawn, Engine, Given
 from teachers.in_process import InProcessBackend, InProcessConfig, InProcessTeacher
@@ -54,29 +53,18 @@ class VllmEngine(Engine):
         Raises:
             ConfigError: vLLM is not there, or can't load it.
         """
-        try:
-            vllm: Any = importlib.import_module("vllm")
-        except ImportError as problem:
-            if isinstance(problem, ModuleNotFoundError) and problem.name == "vllm":
-                raise ConfigError(
-                    "teacher.type: vllm_local needs the package vllm; pip install 'omniopd[vllm]'"
-                ) from None
-            raise ConfigError(f"teacher.type: the package vllm does not load: {first_line(problem)}") from None
-        try:
-            self._llm: Any = vllm.LLM(
-                model=config.path,
-                dtype=_stored_dtype(config.path) if config.dtype == "auto" else config.dtype,
-                max_model_len=config.max_model_len,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                tensor_parallel_size=config.tensor_parallel_size,
-                enforce_eager=config.enforce_eager,
-                trust_remote_code=False,
-                max_logprobs=MOST_LOGPROBS,
-                logprobs_mode="raw_logprobs",  # at temperature 1
-                **_for_this_machine(vllm),
-            )
-        except Exception as problem:  # of any type, from any layer below
-            raise ConfigError(f"teacher.path: vLLM can't load '{config.path}': {first_line(problem)}") from None
+        vllm = load_package("teacher.type", "vllm_local")
+        self._llm: Any = load_engine(
+            vllm,
+            "teacher.path",
+            config.path,
+            dtype=_stored_dtype(config.path) if config.dtype == "auto" else config.dtype,
+            max_model_len=config.max_model_len,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.tensor_parallel_size,
+            enforce_eager=config.enforce_eager,
+            max_logprobs=MOST_LOGPROBS,
+        )
         super().__init__(chat, self._llm.llm_engine.model_config.max_model_len)
         self._params = vllm.SamplingParams
 
@@ -117,11 +105,7 @@ class VllmEngine(Engine):
             n=1 if request.temperature < GREEDY else request.draws,
             temperature=request.temperature,
             top_p=request.top_p,
-            top_k=0,  # off
-            min_p=0.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            repetition_penalty=1.0,
+            **UNCHANGED,
             seed=request.seed,
             max_tokens=request.max_new_tokens,
             logprobs=request.top or None,
@@ -134,11 +118,6 @@ def _stored_dtype(path: str) -> str:
     """The type that the weights are stored in; vLLM's own `auto` would halve the precision of float32."""
     stored = AutoConfig.from_pretrained(path).dtype
     return "auto" if stored is None else str(stored).removeprefix("torch.")
-
-
-def _for_this_machine(vllm: Any) -> dict[str, Any]:
-    """On a CPU (seen in 0.32) a seeded request whose prompt is computed in two steps ends the engine."""
-    return {"enable_chunked_prefill": False} if vllm.platforms.current_platform.is_cpu() else {}
 
 
 def _drawn(one: Any, top: int) -> Drawn:

@@ -1,9 +1,13 @@
-"""The benchmark of the losses: its rows agree, its figures are what they say, its JSON and tables are whole."""
+"""The benchmarks: their rows agree, their figures are what they say, their JSON, tables and pages are whole."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +27,7 @@ def bench() -> Iterator[SimpleNamespace]:
     """The modules of examples/bench, which import one another as scripts of one folder do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH))
-        names = ("rows", "measuring", "page", "plot", "loss", "growth")
+        names = ("rows", "measuring", "compare", "page", "throughput", "plot", "loss", "growth", "quickstart_time")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -125,8 +129,26 @@ def test_tables_and_comparison_show_every_row(bench: SimpleNamespace, found: dic
     assert table.count("| dense |") == 2 and table.count("| omniopd |") == 2
     before = json.loads(json.dumps(found))
     before["cases"][0]["rows"][0]["seconds"] = 2 * found["cases"][0]["rows"][0]["seconds"]
-    line = next(line for line in bench.page.comparison(before, found).splitlines() if "reverse KL: dense" in line)
+    text = bench.compare.comparison(before, found, bench.loss.figures)
+    line = next(line for line in text.splitlines() if "reverse KL: dense" in line and ", s |" in line)
     assert line.split("|")[4].strip() == "0.50"
+    assert "only:" not in text
+    before["cases"][0]["shape"]["tokens"] += 1
+    text = bench.compare.comparison(before, found, bench.loss.figures)
+    assert "reverse KL: dense" not in text and "several terms: dense" in text
+    running = sum(row["why_not"] is None for row in found["cases"][0]["rows"])
+    assert f"In one of the two runs only: {2 * 2 * running} figures" in text
+
+
+def test_what_is_asked_for_is_checked_before_anything_is_measured(
+    bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    bench.compare.add_options(parser)
+    assert parser.parse_args(["--json", str(tmp_path / "new" / "a.json")]).json.parent.is_dir()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--compare", str(tmp_path / "absent.json")])
+    assert "is no JSON of an earlier run" in capsys.readouterr().err
 
 
 def test_growth_fits_slopes_and_draws_them(
@@ -157,3 +179,77 @@ def test_the_page_says_whether_what_is_asked_for_holds(bench: SimpleNamespace, f
     text = bench.page.page({"loss.json": found, "loss-slow.json": slow}, None)
     assert "time 1.10: holds." in text and "time 1.30: **does not hold**." in text
     assert "No GPU was at hand" in text and "[loss-slow.json](bench/loss-slow.json)" in text
+
+
+@pytest.fixture(scope="module")
+def quickstart(bench: SimpleNamespace) -> dict[str, Any]:
+    """What the quickstart's benchmark writes, from runs that are made up: `after` takes half as long, turn for turn."""
+    turns: list[str] = []
+
+    def run(tree: Path, overrides: list[str], output: Path) -> dict[str, float]:
+        turns.append(tree.name)
+        seconds = len(turns) * (2.0 if tree.name == "old" else 1.0)
+        return {"seconds": seconds, "cpu_seconds": seconds, "training_seconds": seconds / 2, "accuracy": 0.5}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.quickstart_time, "run", run)
+        trees = {"before": Path("old"), "after": Path("new")}
+        runs = bench.quickstart_time.bench(trees, [], 3, Path("runs"))
+    assert turns == ["old", "new", "new", "old", "old", "new"]
+    facts = bench.measuring.machine(bench.measuring.Setting())
+    commits = {"before": "1234567", "after": "89abcde"}
+    summary = bench.quickstart_time.summary(runs)
+    return {"machine": facts, "commits": commits, "overrides": ["train.steps=3"], "rounds": 3, **summary}
+
+
+def test_the_quickstarts_ratio_is_taken_within_a_round(bench: SimpleNamespace, quickstart: dict[str, Any]) -> None:
+    assert [run["seconds"] for run in quickstart["runs"]["before"]] == [2, 8, 10]
+    assert [run["seconds"] for run in quickstart["runs"]["after"]] == [2, 3, 6]
+    assert quickstart["medians"]["before"]["seconds"] == 8
+    assert quickstart["ratios"]["seconds"] == pytest.approx(6 / 10)  # of 2/2, 3/8 and 6/10
+    table = bench.quickstart_time.table(quickstart)
+    assert "| before (1234567) | 8 |" in table and "| after / before | 0.60 |" in table
+    alone = bench.quickstart_time.summary({"after": quickstart["runs"]["after"]})
+    assert alone["ratios"] == {} and "after / before" not in bench.quickstart_time.table(quickstart | alone)
+    assert "quickstart train.steps=3: after, wall, s" in bench.quickstart_time.figures(quickstart)
+
+
+@pytest.mark.skipif(not (BENCH.parents[1] / ".git").exists(), reason="no repository")
+def test_an_earlier_tree_is_unpacked_and_an_unknown_one_is_refused(bench: SimpleNamespace, tmp_path: Path) -> None:
+    tree = bench.quickstart_time.unpack("HEAD", tmp_path / "tree")
+    assert (tree / "examples" / "quickstart.py").is_file()
+    with pytest.raises(SystemExit, match="--before: .*name a commit"):
+        bench.quickstart_time.unpack("no-such-commit", tmp_path / "other")
+
+
+def test_a_tree_that_would_import_anothers_packages_is_refused(bench: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="would import"):
+        bench.quickstart_time.run(tmp_path, [], tmp_path / "out")
+
+
+def test_the_pages_are_what_their_script_writes(bench: SimpleNamespace, quickstart: dict[str, Any]) -> None:
+    text = bench.throughput.page({"quickstart_time": quickstart})
+    assert "Not measured yet: `make bench-gpu`." in text and "| after / before | 0.60 |" in text
+    folder = bench.page.DOCS / "bench"
+    made = bench.throughput.page(bench.throughput.load(folder))
+    written = (bench.page.DOCS / "throughput.md").read_text(encoding="utf-8")
+    assert made == written, "run: python examples/bench/page.py"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_runs_every_benchmark_or_the_one_that_flags_are_given_for() -> None:
+    def scripts(*words: str) -> list[str]:
+        command = ["make", "--dry-run", "--directory", str(BENCH.parents[1]), *words]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"examples/bench/(.*)", said)
+
+    written = [f"{name}.py --json docs/results/bench/{name}.json" for name in ("loss", "steps", "timeline")]
+    written.append("quickstart_time.py --before HEAD --json docs/results/bench/quickstart_time.json")
+    assert [" ".join(line.split()) for line in scripts("bench", "BEFORE=HEAD")] == [*written, "page.py"]
+    assert [" ".join(line.split()) for line in scripts("bench", "BENCH=--shape 1,2,3")] == [
+        "loss.py --shape 1,2,3",
+        "page.py",
+    ]
+    assert scripts("bench-gpu", "BENCH=--shape tiny") == ["gpu.py  --shape tiny "]
+    compared = scripts("bench-loss", "COMPARE=docs/results/bench")
+    assert compared[0].endswith("--json docs/results/bench/loss.json --compare docs/results/bench/loss.json")

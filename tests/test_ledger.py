@@ -300,3 +300,28 @@ def test_no_order_of_calls_passes_the_budget(one_store: Store, seed: int, calls:
     assert ledger.spent <= budget + 1e-9
     if budget > 0.4 * calls:
         assert refused == 0
+
+
+def test_several_processes_share_what_is_left(store: Store) -> None:
+    booked(Ledger(store, "run"), 0.4)
+    one, other = (Ledger(store, "run", budget_usd=1.0) for _ in range(2))
+    for ledger in (one, other):
+        ledger.share({0: ledger.before}, 2)
+
+    async def main() -> None:
+        (await one.reserve(0.3)).release()
+        booked(one, 0.25)
+        with pytest.raises(BudgetSpent, match="0.6500 of 1 dollars are spent, 0.2500 of one process's share of 0.3000"):
+            await one.reserve(0.1)
+        (await other.reserve(0.3)).release()
+
+    asyncio.run(main())
+    for ledger in (one, other):
+        ledger.hear([one.booked, other.booked])
+        assert ledger.spent == pytest.approx(0.65)
+
+
+def test_stores_of_several_machines_count_together(store: Store) -> None:
+    ledger = Ledger(store, "run", budget_usd=1.0)
+    ledger.share({0: 0.2, 1: 0.3}, 3)
+    assert ledger.spent == pytest.approx(0.5)

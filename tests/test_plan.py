@@ -89,7 +89,7 @@ def test_the_pilot_asks_the_very_queries_of_the_first_step(make: Make) -> None:
     class Listening:
         streams = False
 
-        async def gather(self, queries: Sequence[Query]) -> list[Any]:
+        async def gather(self, queries: Sequence[Query], progress: Any = None) -> list[Any]:
             asked.extend(queries)
             raise KeyboardInterrupt
 

@@ -96,6 +96,7 @@ def test_key_numbers_and_verdict(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
     for text in ("Accuracy rose from", "+19.1 to +31.6", "5,760", "and 660 from the store", "42.3", "712k parameters"):
         assert text in page
+    assert "of it waiting for the teacher" in page and ">waiting for the teacher<" in page
     for title in (
         "Accuracy",
         "Loss",
@@ -105,8 +106,23 @@ def test_key_numbers_and_verdict(tmp_path: Path) -> None:
         "Teacher tokens",
         "Cost",
         "Time",
+        "Lag",
     ):
         assert f"<h4>{title}</h4>" in page
+
+
+def test_a_run_of_an_earlier_version_without_lag_and_waits(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({key: row[key] for key in row if key not in ("lag", "seconds_wait")}) for row in rows]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({key: summary[key] for key in summary if key != "wait_share"}))
+    page = page_of(run)
+    assert "of it waiting" not in page and "<h4>Lag</h4>" not in page and ">waiting for the teacher<" in page
+    rows = [{**row, "lag": {"0": 32}} for row in rows if "lag" in row]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "<h4>Lag</h4>" not in page_of(run)  # nothing lags: nothing to see
 
 
 # ---- escaping

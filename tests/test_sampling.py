@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from omniopd.errors import OmniError
+from omniopd.kv_cache import decoding_mask, roomy_cache, takes_bias
 from omniopd.sampling import Draw, Request, named_seed, sample
 
 END = 1
@@ -118,6 +119,38 @@ def test_left_padding_is_exact_for_capped_and_hybrid_models(kind: str) -> None:
     for request, (draw,) in zip(requests(), sample(odd, requests(), [END]), strict=True):
         logp, _ = tiny.dense(odd, request.prompt_ids, draw.ids)
         torch.testing.assert_close(torch.tensor(draw.logprobs), logp, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "lfm2"])
+def test_rows_are_exact_when_others_have_left_holes(kind: str) -> None:
+    """Of the rows that go on some move to the places of those that ended, with all that they have seen."""
+    layers = {"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {}
+    model = tiny.model(tiny.byte_level(), kind, **layers)
+    limits = [2, 9, 4, 12]
+    asked = [Request(p, 3, limit, draws=2) for p, limit in zip(PROMPTS, limits, strict=True)]
+    for request, draws in zip(asked, sample(model, asked, []), strict=True):
+        for draw in draws:
+            logp, entropy = tiny.dense(model, request.prompt_ids, draw.ids)
+            assert len(draw.ids) == request.max_new_tokens
+            torch.testing.assert_close(torch.tensor(draw.logprobs), logp, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.tensor(draw.entropy), entropy, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "takes"), [("llama", True), ("gpt2", True), ("bloom", False)])
+def test_models_that_read_the_mask_in_their_own_way_are_given_a_mask(kind: str, takes: bool) -> None:
+    model = tiny.model(tiny.byte_level(), kind)
+    assert takes_bias(model) is takes
+    for request, (draw,) in zip(requests(), sample(model, requests(), [END]), strict=True):
+        logp, _ = tiny.dense(model, request.prompt_ids, draw.ids)
+        torch.testing.assert_close(torch.tensor(draw.logprobs), logp, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_a_window_is_given_a_mask_however_long_the_window_is() -> None:
+    """The library cuts a mask to the window; a bias would be taken as it is."""
+    windowed = tiny.model(tiny.byte_level(), "mistral", sliding_window=100)
+    assert takes_bias(windowed)  # the trial is too short to tell
+    mask = decoding_mask(windowed, roomy_cache(windowed, 9), torch.tensor([[0, 1, 1]]), 9)
+    assert mask is not None and mask.shape == (1, 9)
 
 
 def test_a_model_without_a_standard_cache_is_refused_in_one_line() -> None:
@@ -243,6 +276,52 @@ def test_rows_that_ended_leave_the_batch(llama: PreTrainedModel) -> None:
     sample(llama, [Request(p, 0, limit) for p, limit in zip(PROMPTS, [1, 2, 3, 4], strict=True)], [])
     hook.remove()
     assert widths == [4, 3, 2, 1]
+
+
+def test_a_request_is_told_of_as_soon_as_its_last_draw_has_ended(llama: PreTrainedModel) -> None:
+    passes: list[int] = []
+    told: list[tuple[int, int, list[Draw]]] = []
+    hook = llama.register_forward_pre_hook(lambda m, a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
+    limits = [9, 1, 4, 6]
+    asked = [Request(p, 0, limit, draws=2) for p, limit in zip(PROMPTS, limits, strict=True)]
+    drawn = sample(llama, asked, [], ended=lambda i, draws: told.append((i, len(passes), draws)))
+    hook.remove()
+    assert [(i, after) for i, after, _ in told] == [
+        (1, 1),
+        (2, 4),
+        (3, 6),
+        (0, 9),
+    ]  # passes: the prompt's, then one a token
+    assert all(draws == drawn[i] for i, _, draws in told)
+
+
+def test_a_request_waits_for_its_slowest_draw(llama: PreTrainedModel) -> None:
+    (free,) = sample(llama, [Request(PROMPTS[0], 8, 20, draws=3)], [])
+    end = free[1].ids[2]  # the second draw ends early, at the latest here
+    told: list[list[Draw]] = []
+    (draws,) = sample(llama, [Request(PROMPTS[0], 8, 20, draws=3)], [end], ended=lambda i, all_: told.append(all_))
+    assert len({len(draw.ids) for draw in draws}) > 1
+    assert told == [draws]
+
+
+def test_requests_keep_their_numbers_across_batches(llama: PreTrainedModel) -> None:
+    told: dict[int, list[Draw]] = {}
+    drawn = sample(llama, requests(), [END], batch_tokens=1, ended=told.__setitem__)
+    assert [told[i] for i in range(len(PROMPTS))] == drawn
+
+
+def test_small_products_take_one_thread_and_the_prompt_all(llama: PreTrainedModel) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+    hook = llama.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        sample(llama, [Request(PROMPTS[0], 0, 3)], [])
+        assert seen == [2, 1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
 
 
 def test_o11_impossible_tokens_leave_entropy_finite_and_are_never_drawn(llama: PreTrainedModel) -> None:

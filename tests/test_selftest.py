@@ -91,6 +91,13 @@ def test_every_check_of_the_update_passes_or_says_why_it_is_not_made(make: Make,
     assert made >= {"micro-batches", "slices"} | scored
 
 
+@pytest.mark.parametrize("method", ["sampled", "dense", "anchored"])
+def test_it_holds_in_mixed_precision(make: Make, method: str) -> None:
+    bench = make(method, mixed_precision=True)
+    found = [check.look(bench) for check in checks.CHECKS[:5]]
+    assert all(seen.passed is not False for seen in found), found
+
+
 @pytest.mark.parametrize("method", ["sampled", "anchored"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_holds_with_adapters_and_in_bf16(make: Make, method: str, dtype: str) -> None:

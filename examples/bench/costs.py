@@ -64,7 +64,7 @@ def response_context(prompt: float, response: float) -> float:
     return prompt + (response + 1) / 2
 
 
-# Qwen3: technical report (arXiv 2505.09388), table 1, and the published config.json of each; Llama 3.1: arXiv 2407.21783, table 3
+# Qwen3: arXiv 2505.09388, table 1, and the config.json of each; Llama 3.1: arXiv 2407.21783, table 3
 QWEN3_06B = Transformer("Qwen3-0.6B", 28, 1024, 16, 8, 3072, 151_936, tied=True)
 QWEN3_17B = Transformer("Qwen3-1.7B", 28, 2048, 16, 8, 6144, 151_936, tied=True)
 QWEN3_8B = Transformer("Qwen3-8B", 36, 4096, 32, 8, 12_288, 151_936, tied=False)

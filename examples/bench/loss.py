@@ -10,18 +10,17 @@ The full shape needs 16 GB and takes about an hour on two cores; a row that woul
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from compare import add_options, finish
 from measuring import Pass, Setting, machine, memory, once, peak, seconds
-from page import comparison, tables
+from page import tables
 from rows import CASES, Row, Shape
 
 REFERENCE = "dense"
@@ -113,6 +112,18 @@ def _ratios(
     }
 
 
+def figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """For `--compare`: seconds and peak of each row that ran."""
+    units = {"seconds": ("s", 1.0), "peak_bytes": ("GB", 1e9)}
+    return {
+        f"{case['name']}: {row['name']}, {Shape(**case['shape'])}, {found['dtype']}, {unit}": row[name] / size
+        for case in found["cases"]
+        for row in case["rows"]
+        for name, (unit, size) in units.items()
+        if row.get(name) is not None
+    }
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -132,22 +143,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timed passes")
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU; 0: as many as it takes")
-    parser.add_argument("--json", type=Path, metavar="NEW.json", help="write every figure there")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print ratios to an earlier run")
+    add_options(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     setting = Setting(device=options.device, dtype=options.dtype, threads=options.threads)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
-    earlier = json.loads(options.compare.read_text(encoding="utf-8")) if options.compare else None
-    found = bench(options.shape, setting, options.repeats)
-    print(tables(found))
-    if earlier:
-        print(comparison(earlier, found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        _say(f"written: {options.json}")
+    finish(bench(options.shape, setting, options.repeats), options, tables, figures)
 
 
 if __name__ == "__main__":

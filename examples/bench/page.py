@@ -1,6 +1,6 @@
-"""The tables of the benchmarks, and the page around them.
+"""The pages of the benchmarks, from docs/results/bench/*.json.
 
-python examples/bench/page.py      # docs/results/bench.md from docs/results/bench/*.json
+python examples/bench/page.py      # docs/results/bench.md (losses) and docs/results/throughput.md (steps and runs)
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import throughput
+from compare import described
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 MISSING = ""
@@ -21,7 +24,7 @@ A divergence over the whole vocabulary needs the logits of both models. Dense, t
 makes them for a slice of about 128 MiB at a time, computes every term of the loss and its gradient from it, and forgets it.
 
 ```bash
-make bench                                                     # the full shape, written to docs/results/bench/loss.json
+make bench-loss                                                # the full shape, written to docs/results/bench/loss.json
 make bench BENCH="--shape 512,256,16384"                       # a quick look, only printed
 make bench BENCH="--device cuda --dtype bfloat16 --json docs/results/bench/loss-cuda.json"
 make bench BENCH="--compare docs/results/bench/loss.json"      # ratios to an earlier run
@@ -54,37 +57,11 @@ loss from dense, and of any entry of the gradients as a share of dense's largest
 
 def tables(found: Mapping[str, Any]) -> str:
     """A table for each case, under the machine that it was measured on."""
-    return "\n".join([_machine(found), "", *(line for case in found["cases"] for line in _case(case))])
+    return "\n".join([_conditions(found), "", *(line for case in found["cases"] for line in _case(case))])
 
 
-def comparison(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Seconds and peak of two runs side by side, new over old; rows that either lacks are left out."""
-    before = {(case["name"], row["name"]): (case["shape"], row) for case in old["cases"] for row in case["rows"]}
-    lines = [
-        f"Against: {_machine(old)}",
-        "",
-        "| | s before | s now | now / before | GB before | GB now | now / before |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
-    for case in new["cases"]:
-        for row in case["rows"]:
-            shape, earlier = before.get((case["name"], row["name"]), (None, None))
-            if earlier is None or earlier["why_not"] or row["why_not"]:
-                continue
-            note = "" if shape == case["shape"] else " (another shape)"
-            cells = [
-                *_pair(earlier["seconds"], row["seconds"], 1),
-                *_pair(earlier["peak_bytes"], row["peak_bytes"], 1e9),
-            ]
-            lines.append(f"| {case['name']}: {row['name']}{note} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
-def _machine(found: Mapping[str, Any]) -> str:
-    facts = found["machine"]
-    where = facts["device"] if facts["device"] != facts["cpu"] else f"{facts['cpu']}, {facts['threads']} threads"
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "trl", "liger-kernel") if facts[name])
-    return f"{where}, {facts['memory_gb']} GB; {found['dtype']}; {versions}; median of {found['repeats']} rounds."
+def _conditions(found: Mapping[str, Any]) -> str:
+    return f"{described(found['machine'])}; {found['dtype']}; median of {found['repeats']} rounds."
 
 
 def _case(case: Mapping[str, Any]) -> list[str]:
@@ -111,11 +88,6 @@ def _row(row: Mapping[str, Any]) -> str:
         _number(row["gradient_difference"], "{:.1e}"),
     ]
     return f"| {row['name']} | {' | '.join(cells)} |"
-
-
-def _pair(old: float | None, new: float | None, unit: float) -> list[str]:
-    ratio = new / old if old and new else None
-    return [_number(old, "{:.3g}", unit), _number(new, "{:.3g}", unit), _number(ratio, "{:.2f}")]
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:
@@ -189,12 +161,13 @@ def _reading(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     folder = DOCS / "bench"
     found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("loss*.json"))}
     growth = folder / "growth.json"
     known = json.loads(growth.read_text(encoding="utf-8")) if growth.exists() else None
     (DOCS / "bench.md").write_text(page(found, known), encoding="utf-8")
+    (DOCS / "throughput.md").write_text(throughput.page(throughput.load(folder)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One side of steps.py in a process of its own: TRL's trainer or ours, which trains in turns with the other.
 
-    python examples/bench/sides.py omniopd|trl FOLDER      # started by steps.py; it says what it is to do on stdin
+    python examples/bench/sides.py NAME FOLDER      # started by steps.py; it says what it is to do on stdin
 
 Lines on stdin are numbers of steps; after each block of them a line of JSON on stdout tells what it took, and the student's
 weights are saved beside it. What is timed is a whole step of the trainer's own loop, from the end of the last step to the end
@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
-
-MOST_STEPS = 100_000  # the loop of either side is left when the other end says so
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def omniopd(plan: Plan, folder: Path, out: TextIO) -> None:
     run.train()
 
 
-def trl(plan: Plan, folder: Path, out: TextIO) -> None:
+def trl(plan: Plan, folder: Path, out: TextIO, micro_batches: int = 1) -> None:
     """TRL's trainer with its own loop, completions and loss; nothing is logged, measured or saved on the way."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -159,12 +158,12 @@ def trl(plan: Plan, folder: Path, out: TextIO) -> None:
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             ids = super()._generate_single_turn(*args, **kwargs)
-            self.spent, self.tokens = time.perf_counter() - began, sum(map(len, ids))
+            self.spent, self.tokens, self.loss = time.perf_counter() - began, sum(map(len, ids)), 0.0
             return ids
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            self.loss = float(loss.detach())
+            self.loss += float(loss.detach())
             return loss
 
     class Stops(TrainerCallback):  # type: ignore[misc]
@@ -190,13 +189,13 @@ def trl(plan: Plan, folder: Path, out: TextIO) -> None:
         processing_class=AutoTokenizer.from_pretrained(plan.student, padding_side="left"),
         callbacks=[Stops()],
         args=DistillationConfig(
-            output_dir=str(folder / "trl"),
+            output_dir=str(folder / "trl-out"),
             beta=1.0,
             temperature=1.0,
             top_p=1.0,
             max_completion_length=plan.tokens,
-            per_device_train_batch_size=plan.prompts,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=plan.prompts // micro_batches,
+            gradient_accumulation_steps=micro_batches,
             max_steps=plan.steps,
             shuffle_dataset=False,
             learning_rate=plan.rate,
@@ -217,11 +216,11 @@ def trl(plan: Plan, folder: Path, out: TextIO) -> None:
             seed=plan.seed,
         ),
     )
-    turns = Turns(out, student.save_pretrained, folder / "trl", imports)
+    turns = Turns(out, student.save_pretrained, folder / f"trl-{micro_batches}", imports)
     trainer.train()
 
 
-SIDES = {"omniopd": omniopd, "trl": trl}
+SIDES = {"omniopd": omniopd, "TRL": trl, "TRL, 4 micro-batches": partial(trl, micro_batches=4)}
 
 
 def main() -> None:

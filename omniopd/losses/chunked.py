@@ -56,20 +56,30 @@ def sum_over_slices(hidden: Tensor, head: Head, loss_of: LossOf, bounds: Sequenc
     scales it; hence one backward pass per forward pass, and none through the gradient. Any other head (adapters, hooks,
     the identity over logits that a model reworks) is computed twice, the second time on the way back.
 
+    Under autocast the head's products are made in its type, of hidden states and weights that are cast once; `loss_of` gets
+    such logits and is itself not under autocast, so that what it reduces in fp32 stays so (trap O10). The gradient on fp32
+    weights is added up in fp32.
+
     Args:
         hidden: [R, D], last hidden states.
         head: output layer; its weights get their gradient where they are trained.
         loss_of: must be a sum over positions; whatever else it hangs on gets no gradient.
         bounds: see `slice_bounds`.
     """
+    kind, dtype = hidden.device.type, _autocast_dtype(hidden)
+
+    def alone(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        with torch.autocast(kind, enabled=False):
+            return loss_of(logits, at)
+
     if is_plain_linear(head):
         tensors: tuple[Any, ...] = (hidden, head.weight, head.bias)  # type: ignore[attr-defined]
         if not torch.is_grad_enabled():  # the function itself can't tell
             tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
-        return _LinearSlices.apply(*tensors, loss_of, bounds)
+        return _LinearSlices.apply(*tensors, alone, bounds, dtype)
 
     def part(states: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        return loss_of(head(states), at)
+        return alone(head(states), at)
 
     parts = [checkpoint(part, hidden[at], at, use_reentrant=False) for at in bounds]
     losses, stats = zip(*parts, strict=True)
@@ -82,8 +92,19 @@ def is_plain_linear(head: Head) -> bool:
         type(head) is nn.Linear
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
-        and not torch.is_autocast_enabled(head.weight.device.type)
     )
+
+
+def frozen_head(head: Head, hidden: Tensor) -> Head:
+    """A head that gets no gradient, for use inside `loss_of`: it computes as `sum_over_slices` would have it compute here."""
+    kind, dtype = hidden.device.type, _autocast_dtype(hidden)
+    if not torch.is_autocast_enabled(kind):
+        return head
+    if not is_plain_linear(head):
+        return torch.autocast(kind, dtype)(head)
+    weight: Tensor = head.weight.detach().to(dtype)  # type: ignore[attr-defined]
+    bias: Tensor | None = None if head.bias is None else head.bias.detach().to(dtype)  # type: ignore[attr-defined]
+    return lambda states: nn.functional.linear(states.to(dtype), weight, bias)
 
 
 class _LinearSlices(torch.autograd.Function):
@@ -91,10 +112,18 @@ class _LinearSlices(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss_of: LossOf, bounds: Sequence[slice]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss_of: LossOf,
+        bounds: Sequence[slice],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:3]
         like = [tensor if want else None for tensor, want in zip((hidden, weight, bias), wanted, strict=True)]
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         d_hidden = None if like[0] is None else torch.zeros_like(hidden)
         d_weight, d_bias = (None if t is None else torch.zeros_like(t, dtype=_at_least_fp32(t)) for t in like[1:])
         room = hidden.new_empty(max(at.stop - at.start for at in bounds), len(weight))  # new memory costs time
@@ -130,7 +159,7 @@ class _LinearSlices(torch.autograd.Function):
             None if gradient is None else gradient.mul_(upstream[0]).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -145,6 +174,12 @@ def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
         total.addmm_(d_logits.T, hidden)
     else:
         total += d_logits.T @ hidden
+
+
+def _autocast_dtype(like: Tensor) -> torch.dtype:
+    """What a matrix product of this tensor is made in."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

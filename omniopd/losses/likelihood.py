@@ -40,6 +40,17 @@ def token_nll(logp: Tensor, coefficient: Tensor) -> Tensor:
     return -(coefficient.detach() * logp).sum()
 
 
+def importance_ratio(logp: Tensor, logp_then: Tensor) -> Tensor:
+    """`p_now(y) / p_then(y)` of sampled tokens: [...], [...] -> [...], nats in, without gradient.
+
+    `E_{y ~ p_then}[(p_now / p_then) f(y)] = E_{y ~ p_now}[f(y)]`: coefficients of -log p times the ratio make samples of
+    older weights stand for samples of the present ones. Token by token, as in PPO and IMPALA (arXiv 1802.01561 [paper]), it
+    leaves out the ratio of what was written before. Truncated from above (the caller's `clamp`) it has less variance and a
+    bias; not truncated, training diverges at a lag of 3 (arXiv 2606.24143 [paper], trap S2).
+    """
+    return (logp.detach() - logp_then).exp()
+
+
 def entropy(logits: Tensor) -> Tensor:
     """`H = - sum_v p(v) log p(v)`, exact, in nats: [..., V] -> [...]."""
     logp = log_probs(logits)

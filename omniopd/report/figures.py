@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +24,7 @@ def figures(
         "Learning": [_accuracy(evals, teacher_accuracy), *_learning(steps)],
         "Signal": _signal(steps),
         "The student’s text": _text(steps),
-        "Spend": _spend(steps),
+        "Spend": [*_spend(steps), _lag(steps)],
     }
     kept = {name: [chart for chart in charts if chart.xs and not chart.empty] for name, charts in sections.items()}
     return {name: charts for name, charts in kept.items() if charts}
@@ -138,13 +139,20 @@ def _text(rows: Rows) -> list[Chart]:
 
 def _spend(rows: Rows) -> list[Chart]:
     tokens = {"teacher_prompt_tokens": "prompt", "teacher_completion_tokens": "completion"}
-    stages = {"rollout": "rollouts", "evidence": "evidence", "update": "update"}
+    stages = {"rollout": "rollouts", "wait": "waiting for the teacher", "update": "update"}
+    rows = [{"seconds_wait": row.get("seconds_evidence"), **row} for row in rows]  # older runs did nothing meanwhile
     lines = [Line(name, [number(row.get(f"seconds_{key}")) for row in rows]) for key, name in stages.items()]
     return [
         _running(rows, "Teacher tokens", "Running total.", "tokens", tokens),
         _running(rows, "Cost", "Running total.", "US dollars", {"cost_usd": "cost"}),
         Chart("Time", "Where a step spends it.", "seconds a step", _steps(rows), _known(lines), kind="bars"),
     ]
+
+
+def _lag(rows: Rows) -> Chart:
+    """Nothing to see where no rollout lags."""
+    chart = _stack(rows, "Lag", "Rollouts by the updates since they were written.", "a step", "lag")
+    return replace(chart, lines=[]) if {line.name for line in chart.lines} <= {"0"} else chart
 
 
 def _steps(rows: Rows) -> list[float]:

@@ -118,6 +118,7 @@ def _numbers(run: RunFolder, evals: Mapping[str, Mapping[str, Any]]) -> str:
     used = {key: _used(run, key) for key in ("calls", "cached_calls", "prompt_tokens", "completion_tokens", "cost_usd")}
     steps = number(run.summary.get("steps")) or (run.metrics[-1]["step"] if run.metrics else None)
     coverage = number(mapping(run.summary.get("signal")).get("coverage"))
+    waited = percent(number(run.summary.get("wait_share")))
     tiles = [
         ("Steps", count(steps), ""),
         ("Teacher calls", count(used["calls"]), f"and {count(used['cached_calls'])} from the store"),
@@ -127,7 +128,11 @@ def _numbers(run: RunFolder, evals: Mapping[str, Mapping[str, Any]]) -> str:
             f"{compact(used['prompt_tokens'])} in, {compact(used['completion_tokens'])} out",
         ),
         ("Cost", money(used["cost_usd"]), "at the configured prices"),
-        ("Wall time", duration(run.summary.get("wall_seconds")), ""),
+        (
+            "Wall time",
+            duration(run.summary.get("wall_seconds")),
+            "" if waited == MISSING else f"{waited} of it waiting for the teacher",
+        ),
         ("Coverage", percent(coverage), "of response tokens the teacher spoke on"),
         ("Held-out prompts", count(evals["after"].get("n", evals["before"].get("n"))), ""),
         ("Teacher’s accuracy", percent(evals["teacher"].get("accuracy")), "on the same prompts"),

@@ -16,7 +16,8 @@ from omniopd.prompt_check import Compared
 from omniopd.run import Run
 from omniopd.selftest import mirror
 from omniopd.types import Evidence, Query, Rollout, ScoreQuery, Signal, TokenScores
-from students.packing import build_rows, micro_batches
+from students.batches import micro_batches
+from students.packing import build_rows
 
 SHORT = 48  # tokens of the rollouts that trial updates are made with
 ENTRIES = 512  # of each tensor's gradient that are compared
@@ -83,7 +84,7 @@ class Bench:
     @property
     def tolerance(self) -> float:
         """The share of an update that rounding may change."""
-        return 1e-3 if self.run.config.student.dtype == "float32" else 5e-2
+        return 1e-3 if self.run.config.student.compute_dtype == "float32" else 5e-2
 
     def evidence(
         self, change: Callable[[TokenScores], TokenScores] = unchanged, method: Method | None = None
@@ -121,9 +122,15 @@ class Bench:
 
     def budget(self, signal: Signal, ways: int) -> int:
         """The `micro_batch_tokens` that cut the trial update into so many micro-batches, or as many as it has rows."""
-        rows = build_rows(self.short, signal.branches, trees=self.run.policy.packs_trees)
-        sizes = range(max(len(row.ids) for row in rows) * len(rows), 0, -1)
-        return next(size for size in sizes if len(micro_batches(rows, size)) >= min(ways, len(rows)))
+        policy = self.run.policy
+        trees = policy.packs_trees
+        rows = build_rows(self.short, signal.branches, trees=trees)
+
+        def batches(size: int) -> int:
+            return len(micro_batches(rows, size, forests=trees, hidden=policy.hidden_size))
+
+        sizes = range(max(map(len, rows)) * len(rows), 0, -1)
+        return next(size for size in sizes if batches(size) >= min(ways, len(rows)))
 
 
 def shortened(rollout: Rollout, decode: Callable[[list[int]], str]) -> Rollout:

@@ -20,7 +20,8 @@ from omniopd.selftest.bench import Bench, unchanged
 from omniopd.selftest.dense import dense_update
 from omniopd.selftest.landing import landing
 from omniopd.types import Evidence, Rollout, TokenScores
-from students.packing import build_rows, tensors
+from students.batches import Batch, tensors
+from students.packing import build_rows
 
 FORMS: tuple[dict[str, Any], ...] = (
     {"name": "opd", "form": "sampled"},
@@ -143,16 +144,15 @@ def agreement(bench: Bench) -> Seen:
     if not sum(map(len, bench.short)):
         return Seen(None, "the student writes nothing")
     policy = bench.run.policy
-    rows = build_rows(bench.short, (), trees=False)
-    sites = [(b, at, token) for b, row in enumerate(rows) for at, token, _ in row.own_sites]
-    places, columns, ids = torch.tensor(sites, device=policy.causal_lm.device).T
-    with torch.no_grad(), policy.learning():
-        inputs = tensors(rows, policy.causal_lm.dtype, policy.causal_lm.device)
-        again = token_logp(policy.causal_lm(**inputs, use_cache=False).logits[places, columns], ids)
+    batch = Batch.of([[row] for row in build_rows(bench.short, (), trees=False)])
+    places, ids, _ = (numbers.to(policy.causal_lm.device) for numbers in batch.own_sites())
+    with torch.no_grad(), policy.learning(), policy.computing():
+        inputs = tensors(batch, policy.causal_lm.dtype, policy.causal_lm.device)
+        again = token_logp(policy.causal_lm(**inputs, use_cache=False).logits.flatten(0, 1)[places], ids)
     recorded = [value for rollout in bench.short for value in rollout.logprobs]
     gaps = (again.cpu() - torch.tensor(recorded)).abs()
     mean, largest = float(gaps.mean()), float(gaps.max())
-    most = GAP[bench.run.config.student.dtype]
+    most = GAP[bench.run.config.student.compute_dtype]
     return Seen(mean <= most[0] and largest <= most[1], f"gap {mean:.1e} nats in the mean, {largest:.1e} at most")
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from omniopd.model import split_model
+from omniopd.losses import frozen_head
 from omniopd.types import (
     AnswerQuery,
     Answers,
@@ -102,13 +101,11 @@ def last_hidden(policy: Policy, rollout: Rollout) -> tuple[Tensor, Callable[[Ten
 
     One row by itself, without padding. For families that rework the logits: the logits, and nothing to make of them.
     """
-    model: Any = policy.causal_lm
-    ids = torch.tensor([[*rollout.prompt_ids, *rollout.ids]], device=model.device)
-    predicting = slice(len(rollout.prompt_ids) - 1, -1)
-    if not policy.splits_head:
-        return model(input_ids=ids, use_cache=False).logits[0, predicting], torch.nn.Identity()
-    body, head = split_model(model)
-    return body(input_ids=ids, use_cache=False).last_hidden_state[0, predicting], torch.no_grad()(head.forward)
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.ids]], device=policy.causal_lm.device)
+    with policy.computing():
+        hidden, head = policy.states(policy.causal_lm, {"input_ids": ids})
+        head = frozen_head(head, hidden)
+    return hidden[0, len(rollout.prompt_ids) - 1 : -1], torch.no_grad()(lambda states: head(states))
 
 
 @torch.no_grad()

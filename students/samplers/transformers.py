@@ -56,5 +56,6 @@ class TransformersSampler(Sampler):
                 ended(place, rollouts[place])
 
         policy.model.eval()
-        sample(policy.model, requests, policy.end_ids, ended=over)
+        with policy.computing():
+            sample(policy.model, requests, policy.end_ids, ended=over)
         return [rollouts[place] for place in range(len(prompts))]

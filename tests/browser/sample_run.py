@@ -74,6 +74,8 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "cost_usd": 0.0021,
         "seconds_rollout": 0.8 + draw.random() * 0.1,
         "seconds_evidence": 1.9 + draw.random() * 0.9,
+        "seconds_wait": 0.7 + draw.random() * 0.3,
+        "lag": {"0": 32} if step == 1 else {"1": 32},
         "seconds_update": 0.6 + draw.random() * 0.1,
     }
     if step % 10 == 0 and step < steps:
@@ -94,6 +96,7 @@ def _summary(rows: list[dict[str, Any]], steps: int, hostile: bool) -> dict[str,
         "seed": 0,
         "steps": steps,
         "wall_seconds": 3.6 * steps,
+        "wait_share": 0.31,
         "status": "finished",
         "eval": {
             "before": before,

@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(servers.HERE):
             item.add_marker("contract")
             # the first test of a server waits until it is installed and started, which is no fault of the test
-            item.add_marker(pytest.mark.timeout(300, func_only=True))
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(300, func_only=True))
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,12 @@ def running_vllm() -> Iterator[str]:
     """vLLM's base URL, whoever needs it: a test of its own or the proxy in front of it."""
     with servers.vllm() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def needs_vllm() -> None:
+    """Skips where `OMNIOPD_CONTRACT` does not name vLLM."""
+    _need("vllm")
 
 
 @pytest.fixture(scope="session")

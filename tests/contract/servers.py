@@ -33,6 +33,13 @@ MODEL = "demo"
 LITELLM_KEY = "sk-contract"  # the only key that the proxy accepts; the other servers ask for none
 PATIENCE = 300.0  # seconds for a server to answer, on a machine that may be busy
 LLAMA_CPP = "0.3.36"  # the release of llama-cpp-python whose source distribution carries the llama.cpp we build
+VLLM_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # after 5 s by default, in the face of a client that still sends
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # or the first request for log-probabilities takes ten seconds
+}
 LLAMA_SERVER = HOME / "llamacpp" / "bin" / f"llama-server-{LLAMA_CPP}"
 
 
@@ -93,24 +100,30 @@ def vllm(folder: Path = TEACHER) -> Iterator[str]:
     A last assistant message is continued unless `chat_template_kwargs: {"open_turn": false}` asks for the closed turn
     of the teacher's own template: see `open_turn.jinja`.
     """
-    python = environment("vllm") / "bin" / "python"
     with tempfile.TemporaryDirectory() as scratch:
         model = padded(folder, Path(scratch) / "teacher")
-        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", MODEL]
-        command += ["--dtype", "float32", "--chat-template", HERE / "open_turn.jinja", "--enable-prompt-tokens-details"]
-        command += ["--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]
-        command += ["--block-size", "32"]  # what the prefix cache keeps at least; the default exceeds our prompts
-        # On the CPU a request with a seed whose prompt is read in two pieces kills the engine.
-        command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]
-        settings = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # after 5 s by default, in the face of a client that still sends
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TORCH_COMPILE_DISABLE": "1",  # or the first request for log-probabilities takes ten seconds
-        }
-        with _serving("vllm", command, "/health", settings) as url:
+        options = ["--chat-template", HERE / "open_turn.jinja", "--enable-prompt-tokens-details"]
+        with _vllm(model, options, {}) as url:
             yield url
+
+
+@contextmanager
+def vllm_student(folder: Path, dev_mode: bool = True) -> Iterator[str]:
+    """A student by vLLM on the CPU, which takes new weights in its development mode. Yields the base URL."""
+    with _vllm(folder, [], {"VLLM_SERVER_DEV_MODE": str(int(dev_mode))}) as url:
+        yield url
+
+
+@contextmanager
+def _vllm(model: Path, options: Sequence[str | Path], settings: Mapping[str, str]) -> Iterator[str]:
+    python = environment("vllm") / "bin" / "python"
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", MODEL]
+    command += ["--dtype", "float32", "--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]
+    command += ["--block-size", "32"]  # what the prefix cache keeps at least; the default exceeds our prompts
+    # On the CPU a request with a seed whose prompt is read in two pieces kills the engine.
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", *options]
+    with _serving("vllm", command, "/health", {**VLLM_SETTINGS, **settings}) as url:
+        yield url
 
 
 @contextmanager

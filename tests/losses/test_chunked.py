@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omniopd.losses import forward_kl, reverse_kl, slice_bounds, slice_size, sum_over_slices, token_logp
+from omniopd.losses import forward_kl, frozen_head, reverse_kl, slice_bounds, slice_size, sum_over_slices, token_logp
 from omniopd.losses.chunked import is_plain_linear
 
 R, D, V = 7, 6, 11
@@ -157,6 +157,52 @@ def test_bf16_weights_get_the_gradient_of_wide_ones_but_for_one_rounding() -> No
         (gradient,) = torch.autograd.grad(loss, head.weight)
         assert gradient.dtype == torch.bfloat16
         assert (gradient - truth).norm() < 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize("size", [1, 100, 512])
+def test_o10_under_autocast_a_head_is_cast_once_and_its_gradient_added_up_in_fp32(size: int) -> None:
+    """As near to fp64 as products in bf16 can be, on the same path as without; nothing else is under autocast."""
+    torch.manual_seed(0)
+    head, ids = nn.Linear(D, V), torch.randint(V, (512,))
+    hidden = torch.randn(512, D, requires_grad=True)
+    seen: list[torch.dtype] = []
+
+    def loss_of(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        seen.append(logits.dtype)
+        assert not torch.is_autocast_enabled("cpu")
+        return -token_logp(logits, ids[at]).sum(), torch.zeros(1)
+
+    weights = [hidden, head.weight, head.bias]
+    exact = [tensor.detach().double().requires_grad_() for tensor in weights]
+    truth = torch.autograd.grad(-token_logp(exact[0] @ exact[1].T + exact[2], ids).sum(), exact)
+    for wrapped in (head, nn.Sequential(head)):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_plain_linear(head)
+            loss, _ = sum_over_slices(hidden, wrapped, loss_of, slice_bounds(512, size))
+        gradients = torch.autograd.grad(loss, weights)
+        assert (loss.dtype, set(seen)) == (torch.float32, {torch.bfloat16})
+        assert len(seen) == len(slice_bounds(512, size)) * (1 if wrapped is head else 2)
+        for found, true in zip(gradients, truth, strict=True):
+            assert found.dtype == torch.float32
+            assert (found - true).norm() < (0.01 if wrapped is head else 0.05) * true.norm()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_frozen_head_makes_the_logits_that_the_slices_get(kind: str) -> None:
+    setting = Setting(torch.float32)
+    head = HEADS[kind](setting.head)
+    assert frozen_head(head, setting.hidden) is head
+    got: list[Tensor] = []
+
+    def loss_of(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        got.append(logits.detach().clone())
+        return logits.float().sum(), torch.zeros(1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        sum_over_slices(setting.hidden, head, loss_of, slice_bounds(R, R))
+        frozen = frozen_head(head, setting.hidden)
+    assert torch.equal(frozen(setting.hidden), got[0]) and got[0].dtype == torch.bfloat16
 
 
 def test_no_positions_are_a_zero_with_zero_gradients() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from toy import STUDENT, P, finite_differences, value_and_gradient
 
-from omniopd.losses import entropy, logp_at, token_logp, token_nll
+from omniopd.losses import entropy, importance_ratio, logp_at, token_logp, token_nll
 
 
 def test_o15_log_probs_at_some_ids_are_those_of_the_softmax() -> None:
@@ -60,3 +60,31 @@ def test_l5_no_gradient_leaks_through_the_weight() -> None:
     assert theta.grad is not None
     assert torch.allclose(theta.grad, expected, atol=1e-8)
     assert not torch.allclose(theta.grad, leaking, atol=1e-3)
+
+
+def test_s2_samples_of_an_older_policy_with_their_ratios_give_the_on_policy_update() -> None:
+    """In expectation, by enumeration of the vocabulary; without the ratio it is another update, truncated it lies between."""
+    older, value = STUDENT.roll(2), torch.tensor([1.0, -2.0, 0.5, 3.0, -0.25], dtype=torch.float64)
+
+    def mean_update(sampled_by: Tensor, most: float | None) -> Tensor:
+        """`E_y[gradient of token_nll(log p(y), ratio value)]`."""
+        theta = STUDENT.clone().requires_grad_()
+        everything = torch.arange(len(value))
+        logp, then = token_logp(theta.expand(len(value), -1), everything), sampled_by.log_softmax(-1)
+        ratio = torch.ones(len(value)) if most is None else importance_ratio(logp, then).clamp(max=most)
+        token_nll(logp, then.exp() * ratio * value).backward()
+        assert theta.grad is not None
+        return theta.grad
+
+    on_policy = mean_update(STUDENT, None)
+    p = STUDENT.softmax(-1)
+    assert torch.allclose(on_policy, -p * (value - (p * value).sum()), atol=1e-12)  # the policy gradient in closed form
+    assert torch.allclose(mean_update(older, math.inf), on_policy, atol=1e-12)
+    assert torch.allclose(mean_update(STUDENT, 2.0), on_policy, atol=1e-12)
+    error = [float((mean_update(older, most) - on_policy).norm()) for most in (None, 1.5, 5.0)]
+    assert error[0] > error[1] > error[2] > 0.01
+
+
+def test_l5_no_gradient_flows_through_an_importance_ratio() -> None:
+    theta = STUDENT.clone().requires_grad_()
+    assert not importance_ratio(token_logp(theta, torch.tensor(2)), torch.tensor(-1.0)).requires_grad

@@ -25,7 +25,8 @@ from omniopd.model import split_model
 from omniopd.registry import METHODS
 from omniopd.settings import tagged
 from omniopd.types import Rollout, Signal
-from students.packing import build_rows, micro_batches, tensors
+from students.batches import micro_batches, tensors
+from students.packing import build_rows
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
@@ -123,13 +124,13 @@ class Step:
 
     @classmethod
     def of(cls, student: Policy, rows: Sequence[Rollout]) -> Step:
-        (batch,) = micro_batches(build_rows(rows, [], trees=False), student.settings.micro_batch_tokens)
+        budget, shape = student.settings.micro_batch_tokens, student.hidden_size
+        (batch,) = micro_batches(build_rows(rows, [], trees=True), budget, forests=True, hidden=shape)
         inputs = tensors(batch, torch.float32, torch.device("cpu"))
         body, head = split_model(student.model)
         hidden = body(**inputs, use_cache=False).last_hidden_state
-        at = [(b, i) for b, row in enumerate(batch) for i, _, _ in row.own_sites]
-        places, columns = zip(*at, strict=True)
-        return cls(hidden[list(places), list(columns)], head, [n for row in batch for _, _, n in row.own_sites])
+        places, _, numbers = batch.own_sites()
+        return cls(hidden.flatten(0, 1)[places], head, numbers.tolist())
 
     def ordered(self, parts: Sequence[Any], dtype: torch.dtype = torch.float64) -> Tensor:
         """A ragged list of the step's numbers, flat, in the order of the update."""

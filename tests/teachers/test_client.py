@@ -281,11 +281,11 @@ def test_the_meter(bench: Any) -> None:
 
 
 def test_progress_and_empty_gathers(bench: Any) -> None:
-    teacher, heard = bench.teacher(honest(bench)), list[int]()
-    teacher.on_progress = heard.append
+    teacher, heard = bench.teacher(honest(bench)), list[tuple[int, int]]()
     assert gather(teacher) == []
-    found = gather(teacher, *(bench.continue_query(row=row, seed=row) for row in range(3)), bench.continue_query(n=0))
-    assert heard == [1, 2, 3, 4]
+    asked = [*(bench.continue_query(row=row, seed=row) for row in range(3)), bench.continue_query(n=0)]
+    found = asyncio.run(teacher.gather(asked, lambda *done: heard.append(done)))
+    assert heard == [(done, 4) for done in (1, 2, 3, 4)]
     assert found[3].replies == ()
 
 

@@ -127,6 +127,18 @@ def test_neither_neighbours_nor_padding_nor_slices_move_a_score(
     assert together[4].logprobs == ()  # trap R11: nothing is asked of it, and x[-0:] would be all
 
 
+def test_each_row_gets_what_it_asked_for_and_all_share_a_head() -> None:
+    model = tiny.model(tiny.byte_level())
+    logits = logits_of(model)
+    assert logits is not None
+    rows = [Given((7, 8, 9), 1), Given((9, 8, 7, 6), 2, top=3, whole=True), Given((5, 5), 1, top=1, whole=True)]
+    plain, three, one = forward.score(model, logits, rows, batch_tokens=100)
+    assert [len(place) for scores in (plain, three, one) for place in scores.top] == [0, 0, 3, 3, 1]
+    assert plain.distributions is None and three.distributions is not None and one.distributions is not None
+    assert three.distributions.head is one.distributions.head
+    assert len(three.distributions.hidden) == 2 and len(one.distributions.hidden) == 1
+
+
 def test_r1_nothing_precedes_the_first_token_of_all() -> None:
     model = tiny.model(tiny.byte_level())
     logits = logits_of(model)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual import Clock
 
+from omniopd.config import load_config
 from omniopd.errors import TeacherError
-from teachers.pace import LEAST_FAULTS, Pace, Ticket, shared_pace
+from teachers.pace import LEAST_FAULTS, Pace, Ticket, shared_out, shared_pace
 
 
 @pytest.fixture
@@ -882,3 +883,26 @@ def test_a_server_that_stays_down_ends_the_wait_with_an_error(clock: Clock) -> N
         return ended
 
     assert clock.run(main()) == pytest.approx(5 + 10 + 20 + 30 * 9)
+
+
+def test_the_limits_of_several_processes_add_up_to_the_configs() -> None:
+    settings = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": None}
+    config: Any = load_config(
+        {
+            "student": {"path": "a/b"},
+            "task": "arithmetic",
+            "teacher": {
+                "type": "routed",
+                "weights": {"a": 1, "b": 1},
+                "teachers": {
+                    "a": {"type": "openai", **settings, "concurrency": 9, "rpm": 100, "tpm": 1},
+                    "b": {"type": "openai", **settings},
+                },
+            },
+        }
+    ).teacher
+    assert shared_out(config, 1) is config
+    one, other = shared_out(config, 4).teachers.values()
+    assert (one.concurrency, one.rpm, one.tpm) == (2, 25, 1)
+    assert (other.concurrency, other.rpm, other.tpm) == ("auto", None, None)
+    assert config.teachers["a"].concurrency == 9

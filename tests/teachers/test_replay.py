@@ -38,15 +38,14 @@ def test_the_same_evidence_as_recorded(bench: Any, rung: str) -> None:
     ]
     recorded = gather(live, *queries)
     replay = ReplayTeacher(ReplayConfig(path=str(bench.path)))
-    heard: list[int] = []
-    replay.on_progress = heard.append
-    repeated = gather(replay, *queries)
+    heard: list[tuple[int, int]] = []
+    repeated = asyncio.run(replay.gather(queries, lambda *done: heard.append(done)))
     assert replay.fingerprint == live.fingerprint
     assert replay.capabilities == live.capabilities
     assert recorded[2].rejected == {"error": 5}
     assert [(e.query, e.replies, e.rejected) for e in repeated] == [(e.query, e.replies, e.rejected) for e in recorded]
     assert all(e.usage == Usage(cached_calls=1) for e in repeated)
-    assert heard == [1, 2, 3, 4, 5]
+    assert heard == [(done, 5) for done in (1, 2, 3, 4, 5)]
     asyncio.run(replay.close())
 
 

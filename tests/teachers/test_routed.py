@@ -152,10 +152,9 @@ def queries(bench: Any, *names: str, n: int = 2) -> list[Any]:
 
 def test_each_query_goes_to_its_teacher_and_evidence_says_to_which(bench: Any, make: Made) -> None:
     scripts = {"maths": saying(bench, "four"), "prose": saying(bench, "a rose", usage=(7, 3))}
-    teacher, heard = make(scripts, by="subject"), list[int]()
-    teacher.on_progress = heard.append
+    teacher, heard = make(scripts, by="subject"), list[tuple[int, int]]()
     asked = queries(bench, "maths", "prose", "prose", "maths", "prose")
-    found = asyncio.run(teacher.gather(asked))
+    found = asyncio.run(teacher.gather(asked, lambda *done: heard.append(done)))
     assert [one.query for one in found] == asked
     assert [one.teacher for one in found] == ["maths", "prose", "prose", "maths", "prose"]
     assert [{reply.text for reply in one.replies} for one in found] == [
@@ -163,7 +162,7 @@ def test_each_query_goes_to_its_teacher_and_evidence_says_to_which(bench: Any, m
     ]
     assert [one.usage.prompt_tokens for one in found] == [100, 7, 7, 100, 7]
     assert (scripts["maths"].calls, scripts["prose"].calls) == (2, 3)
-    assert heard == [1, 2, 3, 4, 5]
+    assert heard == [(done, 5) for done in (1, 2, 3, 4, 5)]
     assert asyncio.run(teacher.gather([])) == []
     asyncio.run(teacher.close())
 
