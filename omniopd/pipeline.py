@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
+from omniopd.threads import DeviceThread
 from omniopd.types import Evidence, Prompt, Query, Rollout
 from omniopd.verification.text import char_ends
 from students.gap import Gap
@@ -42,9 +42,9 @@ async def dropped(tasks: Sequence[asyncio.Task[Any]]) -> None:
 class Lane:
     """One thread in which all work on the student's device is done, in order, while the event loop talks to the teacher."""
 
-    def __init__(self, enter: Callable[[], None] | None = None) -> None:
-        """`enter` is called in the thread before anything else."""
-        self._thread = ThreadPoolExecutor(1, "student", enter)
+    def __init__(self, device: str = "cpu", enter: Callable[[], None] | None = None) -> None:
+        """See `DeviceThread`."""
+        self._thread = DeviceThread(device, enter)
 
     async def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """What `work` returns.
@@ -53,7 +53,7 @@ class Lane:
         done, and none is done that nobody gets to know of.
         """
         await asyncio.sleep(0)  # a cancellation that came during the work before: this one is not begun
-        doing = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        doing = asyncio.get_running_loop().run_in_executor(self._thread.executor, work, *args)
         cancelled = await ended([doing])
         result = doing.result()
         if cancelled and (waiting := asyncio.current_task()) is not None:
@@ -62,8 +62,8 @@ class Lane:
         return result
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
+        """Wait for the work under way."""
+        self._thread.close()
 
 
 class Arrivals:

@@ -27,6 +27,7 @@ from omniopd.registry import METHODS, SAMPLERS, TASKS, TEACHERS
 from omniopd.sampling import named_seed
 from omniopd.store import Store
 from omniopd.summary import figures, flat, headline, step_row, summary, used
+from omniopd.threads import one_thread
 from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Queries, Rollout, Teacher, Usage
 from omniopd.watch import Watch, unheard
 from students.checkpoint import save_student
@@ -66,14 +67,15 @@ class Run:
             if (route := getattr(config.teacher, "route", None)) is not None:  # of several teachers
                 route(prompt)
         torch.manual_seed(config.seed)  # LoRA's initial weights
-        self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
+        with one_thread(self.ranks.device.type == "cpu"):  # the main thread needs no helpers: it computes nothing later
+            self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
         self.method: Method = METHODS.build(config.method, self.policy, config.seed)
         self.trainer = Trainer(
             self.policy, config.train, self.method.objective, config.train.track, config.output, self.ranks
         )
         self.sampler: Sampler = SAMPLERS.build(config.student.rollouts, self.policy, config.seed)
         self.sampler.entropies, self.sampler.ranks = self.method.reads_entropy, self.ranks
-        self.lane = Lane(self.ranks.enter_thread)
+        self.lane = Lane(self.ranks.device.type, self.ranks.enter_thread)
         self.begun: deque[Begun] = deque()  # steps that are written and asked about, but not learned yet
         self.kept: dict[int, Sequence[Mapping[str, Any]]] = {}  # rollouts of steps that were begun before a resumption
         self.origin = time.monotonic()
@@ -402,7 +404,8 @@ async def open_teacher(run: Run, run_id: str = "") -> AsyncIterator[tuple[Teache
     ledger = Ledger(store, run_id, prices=prices, budget_usd=config.budget_usd)
     ledger.share(dict(run.ranks.all((run.ranks.node, ledger.before))), run.ranks.count)
     try:
-        teacher: Teacher = TEACHERS.build(shared_out(config.teacher, run.ranks.count), store, ledger)
+        with one_thread(run.ranks.device.type == "cpu"):  # as of the student
+            teacher: Teacher = TEACHERS.build(shared_out(config.teacher, run.ranks.count), store, ledger)
         try:
             run.check_needs(teacher)
             yield teacher, ledger

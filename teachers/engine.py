@@ -1,6 +1,6 @@
 """Local weights behind a queue, for the server of `serve.py` and for the teachers that live in this process.
 
-What has gathered while the last batch ran is the next batch; one batch at a time runs in the engine's own thread.
+What has gathered while the last batch ran is the next batch; one batch at a time runs in the thread of the engine's device.
 
     messages ── request() ──▶ Worker.draw  ── queue ──▶ draw_batch (the subclass) ──▶ text(), tokens()
     ids ─────── given() ────▶ Worker.score ── queue ──▶ score_batch (the subclass)
@@ -13,17 +13,15 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
-import torch
-
 from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import OmniError, TeacherError
 from omniopd.sampling import Request
+from omniopd.threads import DeviceThread
 from omniopd.types import Finish, Message, Token
 from teachers.scoring import Scores
 
@@ -72,15 +70,10 @@ class Engine(ABC):
     most_rows: ClassVar[int] = 1024
     written: ClassVar[int] = 0
 
-    def __init__(self, chat: ChatTemplate, context: int) -> None:
-        """`context` is how many tokens prompt and answer may have together."""
+    def __init__(self, chat: ChatTemplate, context: int, device: str = "cpu") -> None:
+        """`context` is how many tokens prompt and answer may have together, `device` the type of what it computes on."""
         self.chat, self.context = chat, context
-        self._thread = ThreadPoolExecutor(
-            1,
-            thread_name_prefix="engine",
-            initializer=torch.set_num_threads,  # as here and now, not as whoever happens to sample at the first batch
-            initargs=(torch.get_num_threads(),),
-        )
+        self._thread = DeviceThread(device)
         self._fresh_seed = time.time_ns()
         self._pieces: dict[int, str] = {}
         self._anchor = chat.encode("a")[0][-1:]
@@ -94,8 +87,8 @@ class Engine(ABC):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let the thread end, after the batch that it may be drawing."""
-        self._thread.shutdown()
+        """Wait for the batch that it may be drawing."""
+        self._thread.close()
 
     def request(
         self,
@@ -148,7 +141,7 @@ class Engine(ABC):
 
     async def run_batch(self, asked: Sequence[Request | Given]) -> list[Any]:
         """`draw_batch` and `score_batch` in the engine's thread; what came of each, in order."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._batch, asked)
+        return await asyncio.get_running_loop().run_in_executor(self._thread.executor, self._batch, asked)
 
     def _batch(self, asked: Sequence[Request | Given]) -> list[Any]:
         requests = {place: one for place, one in enumerate(asked) if isinstance(one, Request)}

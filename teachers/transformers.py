@@ -43,7 +43,8 @@ class TransformersEngine(Engine):
 
     def __init__(self, model: PreTrainedModel, chat: ChatTemplate, batch_tokens: int = BATCH_TOKENS) -> None:
         """Draw from a model; batches are cut where draws times padded length would pass `batch_tokens`."""
-        super().__init__(chat, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+        context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        super().__init__(chat, context, model.device.type)
         self.model, self.batch_tokens = model.eval().requires_grad_(False), batch_tokens
         logits = logits_of(model)  # None: of an unusual build, so that it draws but does not score
         self.logits = (

@@ -65,7 +65,7 @@ class VllmEngine(Engine):
             enforce_eager=config.enforce_eager,
             max_logprobs=MOST_LOGPROBS,
         )
-        super().__init__(chat, self._llm.llm_engine.model_config.max_model_len)
+        super().__init__(chat, self._llm.llm_engine.model_config.max_model_len, "vllm")
         self._params = vllm.SamplingParams
 
     def draw_batch(self, requests: Sequence[Request]) -> list[list[Drawn]]:

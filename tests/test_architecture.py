@@ -76,6 +76,7 @@ MAY_IMPORT = {
         "omniopd.ledger",
         "omniopd.chat",
         "omniopd.sampling",
+        "omniopd.threads",
         "omniopd.model",
         "omniopd.vllm",
         "omniopd.boundary",

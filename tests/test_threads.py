@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from omniopd.threads import SMALL_PRODUCT, SMALL_WEIGHT, one_thread, small_products
+from omniopd.threads import SMALL_PRODUCT, SMALL_WEIGHT, DeviceThread, one_thread, small_products
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +64,16 @@ def test_products_are_small_by_their_sizes() -> None:
     assert not small_products(large, 1)
     with torch.device("meta"):
         assert not small_products(nn.Linear(4, 4), 1)  # another device's threads are its own business
+
+
+def test_all_work_on_a_cpu_is_done_in_one_thread_and_that_of_another_device_in_its_own() -> None:
+    entered: list[int] = []
+    first, second = DeviceThread("cpu"), DeviceThread("cpu")
+    apart = DeviceThread("elsewhere", lambda: entered.append(threading.get_ident()))
+    places = [thread.executor.submit(threading.get_ident).result() for thread in (first, second, apart)]
+    assert places[0] == places[1] != places[2] and entered == [places[2]]
+    first.close()
+    apart.close()
+    assert second.executor.submit(threading.get_ident).result() == places[0]  # still there for the others
+    with pytest.raises(RuntimeError):
+        apart.executor.submit(threading.get_ident)
