@@ -38,7 +38,9 @@ class TrainSettings(OptimizerSettings):
     )
     max_silent_steps: int = Field(default=3, ge=1, description="stop after so many steps in a row without any signal")
     rank_timeout_s: float = Field(
-        default=RANK_TIMEOUT_S, gt=0, description="how long one process of several waits for another before the run ends"
+        default=RANK_TIMEOUT_S,
+        gt=0,
+        description="how long one process of several waits for another before the run ends",
     )
 
 

@@ -53,7 +53,7 @@ class Lane:
         done, and none is done that nobody gets to know of.
         """
         await asyncio.sleep(0)  # a cancellation that came during the work before: this one is not begun
-        doing = asyncio.get_running_loop().run_in_executor(self._thread.executor, work, *args)
+        doing = asyncio.wrap_future(self._thread.submit(work, *args))
         cancelled = await ended([doing])
         result = doing.result()
         if cancelled and (waiting := asyncio.current_task()) is not None:

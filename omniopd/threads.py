@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import nn
 
 SMALL_WEIGHT = 1 << 18  # entries of a matrix that a core's own cache holds
 SMALL_PRODUCT = 1 << 22  # multiplications of it that take a core about 0.1 ms, not much more than threads need to meet
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _lock = threading.Lock()
 _inside = 0
@@ -35,16 +39,28 @@ class DeviceThread:
                 if _on_cpu is None:
                     threads = _usual if _inside else torch.get_num_threads()  # not as whoever samples just now
                     _on_cpu = ThreadPoolExecutor(1, "cpu", torch.set_num_threads, (threads,))
-                self.executor, self._own = _on_cpu, False
+                self._executor, self._own = _on_cpu, False
             else:
-                self.executor, self._own = ThreadPoolExecutor(1, device, enter or (lambda: None)), True
+                self._executor, self._own = ThreadPoolExecutor(1, device, enter or (lambda: None)), True
+        self._closed = False
+
+    def submit(self, work: Callable[[*Ts], T], *args: *Ts) -> Future[T]:
+        """Do it after what was submitted before.
+
+        Raises:
+            RuntimeError: closed before.
+        """
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        return self._executor.submit(work, *args)
 
     def close(self) -> None:
-        """Wait for the work under way; a thread of its own ends."""
+        """Take no more, and wait for the work under way; a thread of its own ends."""
+        self._closed = True
         if self._own:
-            self.executor.shutdown()
+            self._executor.shutdown()
         else:
-            self.executor.submit(lambda: None).result()
+            self._executor.submit(lambda: None).result()
 
 
 def small_products(model: nn.Module, rows: int) -> bool:

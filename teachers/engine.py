@@ -141,7 +141,7 @@ class Engine(ABC):
 
     async def run_batch(self, asked: Sequence[Request | Given]) -> list[Any]:
         """`draw_batch` and `score_batch` in the engine's thread; what came of each, in order."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread.executor, self._batch, asked)
+        return await asyncio.wrap_future(self._thread.submit(self._batch, asked))
 
     def _batch(self, asked: Sequence[Request | Given]) -> list[Any]:
         requests = {place: one for place, one in enumerate(asked) if isinstance(one, Request)}

@@ -70,10 +70,11 @@ def test_all_work_on_a_cpu_is_done_in_one_thread_and_that_of_another_device_in_i
     entered: list[int] = []
     first, second = DeviceThread("cpu"), DeviceThread("cpu")
     apart = DeviceThread("elsewhere", lambda: entered.append(threading.get_ident()))
-    places = [thread.executor.submit(threading.get_ident).result() for thread in (first, second, apart)]
+    places = [thread.submit(threading.get_ident).result() for thread in (first, second, apart)]
     assert places[0] == places[1] != places[2] and entered == [places[2]]
     first.close()
     apart.close()
-    assert second.executor.submit(threading.get_ident).result() == places[0]  # still there for the others
-    with pytest.raises(RuntimeError):
-        apart.executor.submit(threading.get_ident)
+    assert second.submit(threading.get_ident).result() == places[0]  # still there for the others
+    for closed in (first, apart):
+        with pytest.raises(RuntimeError):
+            closed.submit(threading.get_ident)
