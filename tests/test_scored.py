@@ -145,7 +145,7 @@ def test_eight_5_every_query_is_heard_or_dropped_with_a_reason(student: Policy, 
         assert signal.drops == drops
         assert signal.rejects == rejects
         assert accounted(rows, signal)
-        row = step_row(1, rows, [], signal, {})
+        row = step_row(1, rows, [], signal, {}, Counter())
         assert row["responses"] + sum(row["drops"].values()) == len(queries)
 
 
