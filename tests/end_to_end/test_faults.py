@@ -359,7 +359,9 @@ def test_ctrl_c_in_training_keeps_what_was_under_way_and_says_how_to_go_on(
     slow = Slow(teacher, ctrl_c, company=8)  # four rollouts of two chunks
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    beside = "teacher.warm_cache=false"  # chained, a second chunk would wait for its first, and that for the special call
+    beside = (
+        "teacher.warm_cache=false"  # chained, a second chunk would wait for its first, and that for the special call
+    )
     assert main(["train", str(config), "eval.problems=0", beside]) == 130
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("omniopd: ")]
     assert len(said) == 1 and "--resume" in said[0]
