@@ -80,7 +80,7 @@ class Engine(ABC):
 
     @abstractmethod
     def draw_batch(self, requests: Sequence[Request]) -> list[list[Drawn]]:
-        """The draws of each request, in order. Called in the engine's own thread, never twice at a time."""
+        """The draws of each request, in order. Called in the thread of the engine's device, never twice at a time."""
 
     def score_batch(self, rows: Sequence[Given]) -> list[Scores]:
         """The scores of each row, in order; called as `draw_batch`."""
@@ -140,7 +140,7 @@ class Engine(ABC):
             await asyncio.gather(task, return_exceptions=True)
 
     async def run_batch(self, asked: Sequence[Request | Given]) -> list[Any]:
-        """`draw_batch` and `score_batch` in the engine's thread; what came of each, in order."""
+        """`draw_batch` and `score_batch` in that thread; what came of each, in order."""
         return await asyncio.wrap_future(self._thread.submit(self._batch, asked))
 
     def _batch(self, asked: Sequence[Request | Given]) -> list[Any]:
