@@ -127,3 +127,9 @@ def test_the_step_in_run_py_reads_like_the_picture() -> None:
     order = ["self._ask(", "method.ask(", "self._write", "begun.asked", "method.read(", "trainer.update"]
     places = [step.index(part) for part in order]
     assert places == sorted(places)
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest imports a folder's modules by their last name: of two alike, a run of the whole suite takes neither."""
+    collected = [path.name for path in (ROOT / "tests").rglob("test_*.py") if "contract" not in path.parts]
+    assert sorted(collected) == sorted(set(collected))
