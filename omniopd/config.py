@@ -24,6 +24,9 @@ class TrainSettings(OptimizerSettings):
 
     steps: int = Field(default=100, ge=0)
     prompts_per_step: int = Field(default=32, ge=1)
+    rollouts_per_prompt: int = Field(
+        default=1, ge=1, description="rollouts of each prompt of a step; methods that compare them need several"
+    )
     max_lag: int = Field(
         default=0,
         ge=0,
@@ -65,6 +68,9 @@ class RunConfig(Settings):
 
     student: StudentSettings
     teacher: tagged(TEACHERS)  # type: ignore[valid-type]
+    judge: tagged(TEACHERS) | None = Field(  # type: ignore[valid-type]
+        default=None, description="who grades, where a method needs that; null: the teacher"
+    )
     task: tagged(TASKS)  # type: ignore[valid-type]
     method: tagged(METHODS, default="omniopd") = Field(default="omniopd", validate_default=True)  # type: ignore[valid-type]
     signal: Signal | None = Field(

@@ -20,7 +20,7 @@ import yaml
 from omniopd.config import RunConfig, dump_config
 from omniopd.errors import BudgetSpent, RunError
 from omniopd.types import Usage
-from students.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from students.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from students.policy import Policy
 from students.ranks import Ranks
 from students.trainer import Trainer
@@ -232,15 +232,16 @@ class RunFolder:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def checkpoint(self, record: Record, policy: Policy, trainer: Trainer) -> None:
+    def checkpoint(self, record: Record, policy: Policy, trainer: Trainer, method: Stateful) -> None:
         with self.writing():
             folder, keep = self.path / "checkpoints", self.config.train.keep_checkpoints
-            save_checkpoint(folder, record.step, policy, trainer, record.to_json(), keep)
+            save_checkpoint(folder, record.step, policy, trainer, method, record.to_json(), keep)
 
-    def restore(self, policy: Policy, trainer: Trainer) -> Record:
-        """Weights, optimizer and record of the last checkpoint, and logs cut back to it; a fresh record if there is none."""
+    def restore(self, policy: Policy, trainer: Trainer, method: Stateful) -> Record:
+        """Weights, optimizer, the method's state and the record of the last checkpoint, and logs cut back to it; a fresh
+        record if there is none."""
         saved = self.ranks.from_main(lambda: checkpoints(self.path / "checkpoints"))
-        record = Record.from_json(load_checkpoint(saved[-1], policy, trainer)) if saved else Record()
+        record = Record.from_json(load_checkpoint(saved[-1], policy, trainer, method)) if saved else Record()
         self._cut_logs(record.step if saved else -1)
         return record
 

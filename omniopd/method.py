@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from omniopd.objective import Objective
-from omniopd.types import Capabilities, Evidence, Query, Rollout, Signal
+from omniopd.types import Capabilities, Distributions, Evidence, Prompt, Query, Rollout, Signal, Writing
 from omniopd.vocabulary import Vocabulary
+
+Facts = Mapping[str, Sequence[float]]
+"""Numbers by name, each [T] of one rollout."""
+
+Check = Callable[[Prompt, str], bool]
+"""The task's verifier: whether a text answers the prompt rightly."""
 
 
 class StudentText(Protocol):
     """The student's tokenizer, as methods need it."""
 
-    end_ids: Collection[int]  # every id that ends a response
+    end_ids: frozenset[int]  # every id that ends a response
     end_id: int  # the one that a response is taught to end with
     vocabulary: Vocabulary
 
@@ -24,36 +30,123 @@ class StudentText(Protocol):
         ...
 
 
+class StudentModel(Protocol):
+    """The student's weights at the time of the update, as methods may read them."""
+
+    def distributions(self, rollouts: Sequence[Rollout]) -> list[Distributions]:
+        """Its next-token distributions at every token of each response."""
+        ...
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        """What it gives each token of each response, in nats."""
+        ...
+
+    def initial_logprobs(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        """The same of the initial student; only for methods that `keep_initial`."""
+        ...
+
+
+class Gradients(Protocol):
+    """What the trainer tells of gradients, at the present weights."""
+
+    def gram(self, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[list[float]]:
+        """Inner products [K, K] of the gradients of K signals on the same rollouts, over all trained weights."""
+        ...
+
+
 class Method:
     """A recipe over the slots of the step. Subclasses are one file each in `omniopd/methods/`.
 
     Attributes:
-        needs: what the teacher must offer: "continuation", "answer", "score", "topk", "logits", "same tokenizer".
+        needs: what the run must offer. Of the teacher: "continuation", "answer", "score", "topk", "logits", "decode" (its
+            weights beside the student's while that writes), "same tokenizer"; of the task: "verify"; a "group" of several
+            rollouts per prompt; a "judge".
+        writes: what it asks of the sampler beside plain rollouts: "horizon", "text", "initial", "blend" (see `Writing`).
         on_policy: whether the student writes rollouts; otherwise the method gets rollouts of no tokens.
         reads_entropy: whether `ask` looks at the rollout's entropies.
+        candidates: how many of the student's likeliest tokens at each place `ask` looks at.
+        keeps_initial: whether the initial student is kept beside the present one.
+        one_process: whether all rollouts must be in one process.
         min_coverage: several steps in a row with a smaller share of tokens that the teacher spoke about stop the run.
+        paper: where the method was published.
+        neutral: settings, with a name, that make it plain on-policy distillation to the last bit, and `plain` those of
+            that; or a sentence that says why there are none.
     """
 
     Config: ClassVar[type[Objective]]
     needs: frozenset[str]
-    on_policy: ClassVar[bool] = True
+    writes: frozenset[str] = frozenset()
+    on_policy: bool = True
     reads_entropy: bool = False
+    candidates: int = 0
+    keeps_initial: bool = False
+    one_process: bool = False
     min_coverage: float = 0.0
+    check: Check | None = None  # of the run's task
+    paper: ClassVar[str] = ""
+    neutral: ClassVar[Mapping[str, Any] | str] = ""
+    plain: ClassVar[Mapping[str, Any]] = {"name": "opd"}
 
     def __init__(self, config: Objective, text: StudentText, seed: int) -> None:
         self.objective, self.text, self.seed = config, text, seed
+
+    # ------------------------------------------------------------------ before the student writes
+
+    def before(self, prompts: Mapping[int, Prompt], step: int) -> list[Query]:
+        """What to ask the teacher before the student writes, by row; the evidence of the step begins with its answers."""
+        return []
+
+    def writings(self, prompts: Mapping[int, Prompt], evidence: Sequence[Evidence], step: int) -> dict[int, Writing]:
+        """How each row comes to be; rows that are left out are the student's own."""
+        return {}
+
+    def budget(self, step: int) -> float:
+        """Nats by which the teacher may bend the student's distribution at each token while it writes ("blend")."""
+        return 0.0
+
+    # ------------------------------------------------------------------ evidence
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
         """What to ask the teacher about one rollout, the `row`-th of its step; asked as soon as the rollout ends."""
         raise NotImplementedError
 
+    def again(self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], step: int) -> list[Query]:
+        """What to ask once all of the evidence so far is there, round after round until there is nothing more."""
+        return []
+
     def audit(self, rollouts: Sequence[Rollout], step: int) -> list[Query]:
         """What to ask the teacher about all rollouts of a step."""
         return [query for row, rollout in enumerate(rollouts) for query in self.ask(rollout, row, step)]
 
+    # ------------------------------------------------------------------ reading
+
+    def measure(
+        self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], student: StudentModel
+    ) -> Mapping[int, Facts]:
+        """Numbers on tokens that need distributions, which stay in the process where a rollout was written.
+
+        They reach `read` as `Rollout.facts`, those of all processes.
+        """
+        return {}
+
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
-        """Evidence as numbers on tokens. Pure: the same rollouts and evidence give the same signal."""
+        """Evidence as numbers on tokens. The same rollouts, evidence and state give the same signal."""
         raise NotImplementedError
+
+    def after(
+        self, rollouts: Sequence[Rollout], signal: Signal, step: int, gradients: Gradients
+    ) -> Mapping[str, float]:
+        """The update is made: what the method changes for the next step, and figures for the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+    # ------------------------------------------------------------------ words
 
     def describe(self) -> str:
         """What of the teacher it learns from, in a few words."""
@@ -81,7 +174,11 @@ _READS = {  # the richest first: where there are distributions, scores are there
     "score": "scores of given text",
     "continuation": "continuations of the student's text",
     "answer": "the teacher's own answers",
+    "judge": "verdicts",
 }
+
+OF_THE_RUN = frozenset({"verify", "group", "judge"})
+"""Needs that no teacher meets: the run is asked for them when it is put together."""
 
 
 def missing(needs: frozenset[str], offered: Capabilities, vocabulary: str = "") -> list[str]:
@@ -92,6 +189,7 @@ def missing(needs: frozenset[str], offered: Capabilities, vocabulary: str = "") 
         "score": offered.score,
         "topk": offered.topk > 0,
         "logits": offered.logits,
+        "decode": offered.decode,
         "same tokenizer": bool(vocabulary) and offered.vocabulary == vocabulary,
     }
-    return sorted(need for need in needs if not has.get(need, False))
+    return sorted(need for need in needs - OF_THE_RUN if not has.get(need, False))

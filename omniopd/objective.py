@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from omniopd.settings import Settings
+from omniopd.registry import PARTS
+from omniopd.settings import Settings, tagged
 
+if TYPE_CHECKING:
+    Parts = list[Any]
+else:
+    Parts = list[tagged(PARTS)]
 Reduction = Literal["term_mean", "sum_seqmean", "token_mean"]
 
 
@@ -28,10 +33,21 @@ class Anchor(Settings):
 
 
 class Objective(Settings):
-    """Settings that every method shares; a method's `Config` extends this."""
+    """Settings that every method shares; a method's `Config` extends this and says its `name`."""
 
+    name: str = ""
     anchor: Anchor = Anchor()
     reduction: Reduction = Field(
         default="term_mean",
         description="term_mean: each term over its own tokens; sum_seqmean: sums per sequence; token_mean: over all tokens",
+    )
+    parts: Parts = Field(
+        default=[],
+        validate_default=True,
+        description="what changes the signal on its way to the loss: names, or names with settings (docs/methods/README.md)",
+    )
+    control: Literal["none", "shuffled"] = Field(
+        default="none",
+        description="shuffled: what the parts decide is dealt out at random: verdicts and dropped rollouts over the step, "
+        "masks, weights and bonuses inside each rollout",
     )

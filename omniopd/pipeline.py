@@ -153,6 +153,8 @@ def _kept(rollout: Rollout) -> dict[str, Any]:
         "entropy": list(rollout.entropy),
         "finish": rollout.finish,
         "version": rollout.version,
+        "author": rollout.author,
+        "given": rollout.given,
     }
 
 
@@ -169,4 +171,6 @@ def rollout_of(kept: Mapping[str, Any], prompt: Prompt, text: Text) -> Rollout:
         text=text.decode(list(ids)),
         finish=kept["finish"],
         version=kept["version"],
+        author=kept["author"],
+        given=kept["given"],
     )

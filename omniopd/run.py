@@ -15,6 +15,7 @@ import torch
 
 from evals.runner import Evaluation, evaluate
 from omniopd.choosing import against_scores, settle
+from omniopd.composition import compose, keeps_initial
 from omniopd.config import RunConfig
 from omniopd.errors import BudgetSpent, ConfigError, RunError
 from omniopd.folder import Record, RunFolder
@@ -23,18 +24,19 @@ from omniopd.method import Method
 from omniopd.pipeline import Arrivals, Begun, Clock, Lane, dropped, rollout_of
 from omniopd.progress import Progress
 from omniopd.prompt_check import check_prompts
-from omniopd.registry import METHODS, SAMPLERS, TASKS, TEACHERS
-from omniopd.sampling import named_seed
+from omniopd.registry import SAMPLERS, TASKS, TEACHERS
+from omniopd.sampling import Blend, named_seed
 from omniopd.store import Store
 from omniopd.summary import figures, flat, headline, step_row, summary, used
 from omniopd.threads import one_thread
-from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Queries, Rollout, Teacher, Usage
+from omniopd.types import AnswerQuery, Answers, Evidence, Message, Prompt, Queries, Rollout, Teacher, Usage, Writing
 from omniopd.watch import Watch, unheard
 from students.checkpoint import save_student
 from students.policy import Policy
 from students.ranks import Ranks
 from students.rollouts import Ended, Sampler
 from students.trainer import Trainer
+from students.view import StudentView
 from teachers.findings import refuse_disproved
 from teachers.pace import shared_out
 
@@ -68,13 +70,16 @@ class Run:
                 route(prompt)
         torch.manual_seed(config.seed)  # LoRA's initial weights
         with one_thread(self.ranks.device.type == "cpu"):  # the main thread needs no helpers: it computes nothing later
-            self.policy = Policy(config.student, anchored=config.method.anchor.beta > 0)
-        self.method: Method = METHODS.build(config.method, self.policy, config.seed)
+            anchored = config.method.anchor.beta > 0 or keeps_initial(config.method)
+            self.policy = Policy(config.student, anchored=anchored)
+        self.method: Method = compose(config.method, self.policy, config.seed, self.task.check)
         self.trainer = Trainer(
             self.policy, config.train, self.method.objective, config.train.track, config.output, self.ranks
         )
         self.sampler: Sampler = SAMPLERS.build(config.student.rollouts, self.policy, config.seed)
-        self.sampler.entropies, self.sampler.ranks = self.method.reads_entropy, self.ranks
+        self.sampler.entropies, self.sampler.candidates = self.method.reads_entropy, self.method.candidates
+        self.sampler.ranks = self.ranks
+        _check_method(config, self.method, self.sampler, self.ranks)
         self.lane = Lane(self.ranks.device.type, self.ranks.enter_thread)
         self.begun: deque[Begun] = deque()  # steps that are written and asked about, but not learned yet
         self.kept: dict[int, Sequence[Mapping[str, Any]]] = {}  # rollouts of steps that were begun before a resumption
@@ -101,20 +106,25 @@ class Run:
     async def begin(self, step: int, teacher: Teacher) -> Begun:
         """The first half: this process's share of the step's rollouts, each asked about as soon as it ends."""
         clock, arrivals = Clock(self.origin), Arrivals()
-        rows, prompts = zip(*self.ranks.mine(self.prompts(step)), strict=True)
-        asked = asyncio.create_task(self._ask(teacher, arrivals, clock))
+        prompts, written = dict(self.ranks.mine(self.prompts(step))), dict[int, Rollout]()
+        before = await self._before(teacher, prompts, step)
+        writings = self.method.writings(prompts, before, step)
+        blend = Blend.of(teacher, self.method.budget(step))
+        asked = asyncio.create_task(self._ask(teacher, arrivals, clock, before, written, step))
 
-        def ended(place: int, rollout: Rollout) -> None:
-            arrivals.put(self.method.ask(rollout, rows[place], step))
+        def ended(row: int, rollout: Rollout) -> None:
+            written[row] = rollout
+            arrivals.put(self.method.ask(rollout, row, step))
 
         try:
             with clock.stage("rollout"):
-                rollouts = await self.lane.run(self._write, prompts, step, rows, ended)
+                await self.lane.run(self._write, prompts, step, ended, writings, blend)
         except BaseException:
             await dropped([asked])
             raise
         arrivals.put(None)
-        return Begun(step, rows, rollouts, asked, clock, self.sampler.gap)
+        rollouts = [written[row] for row in prompts]
+        return Begun(step, tuple(prompts), rollouts, asked, clock, self.sampler.gap)
 
     async def finish(self, begun: Begun) -> Step:
         """The second half: wait for what the teacher says, and learn from it."""
@@ -125,12 +135,14 @@ class Run:
     def _learn(self, begun: Begun, evidence: Sequence[Evidence]) -> Step:
         """Read what the teacher says of the rollouts of all processes, and make one update."""
         step, clock = begun.step, begun.clock
-        rollouts, evidence = self._together(begun, evidence)
         with clock.stage("update"):
+            measured = self._measured(dict(zip(begun.rows, begun.rollouts, strict=True)), evidence)
+            rollouts, evidence = self._together(measured, evidence)
             signal = self.method.read(rollouts, evidence, step)
             lag = Counter(self.trainer.updates - rollout.version for rollout in rollouts)
             torch.manual_seed(named_seed(self.config.seed, "update", step))  # dropout, for models that have any
             metrics = self.trainer.update(rollouts, signal)
+            metrics |= self.method.after(rollouts, signal, step, self.trainer)
             self._push()
         gap = begun.gap.to_json() if begun.gap else {}
         row = step_row(step, rollouts, evidence, signal, metrics, lag) | gap | clock.to_json()
@@ -140,7 +152,8 @@ class Run:
         """The prompts of step 1, 2, ...: a fresh shuffle of the data per epoch, the same for every method under one seed."""
         train, size = self.task.train, self.config.train.prompts_per_step
         places = (divmod(position, len(train)) for position in range((step - 1) * size, step * size))
-        return [train[self._order(epoch)[place]] for epoch, place in places]
+        chosen = [train[self._order(epoch)[place]] for epoch, place in places]
+        return [prompt for prompt in chosen for _ in range(self.config.train.rollouts_per_prompt)]
 
     def _order(self, epoch: int) -> Sequence[int]:
         """The order of the data in an epoch; the last one asked for is kept."""
@@ -150,40 +163,71 @@ class Run:
             self._shuffled = epoch, order
         return self._shuffled[1]
 
-    def _write(self, prompts: Sequence[Prompt], step: int, rows: Sequence[int], ended: Ended) -> list[Rollout]:
-        """A rollout for each prompt; of no tokens where the method learns from the teacher's answers alone."""
+    def _write(
+        self,
+        prompts: Mapping[int, Prompt],
+        step: int,
+        ended: Ended,
+        writings: Mapping[int, Writing],
+        blend: Blend | None,
+    ) -> None:
+        """A rollout for each row; of no tokens where the method learns from the teacher's answers alone."""
         if step in self.kept:
-            kept = [self.kept[step][row] for row in rows]
-            rollouts = [rollout_of(one, prompt, self.policy) for one, prompt in zip(kept, prompts, strict=True)]
+            for row, prompt in prompts.items():
+                ended(row, rollout_of(self.kept[step][row], prompt, self.policy))
         elif self.method.on_policy:
             with self.trainer.unsharded():
-                return self.sampler.sample(prompts, step, rows, ended)
+                self.sampler.fill(prompts, step, ended, writings, blend)
         else:
-            rollouts = self.sampler.unwritten(prompts)
-        for place, rollout in enumerate(rollouts):
-            ended(place, rollout)
-        return rollouts
+            for row, rollout in zip(prompts, self.sampler.unwritten(list(prompts.values())), strict=True):
+                ended(row, rollout)
 
     def _push(self) -> None:
         """The sampler writes with the present weights from now on."""
         with self.trainer.unsharded():
             self.sampler.push(self.trainer.updates)
 
-    async def _ask(self, teacher: Teacher, arrivals: Arrivals, clock: Clock) -> list[Evidence]:
-        """The teacher's evidence: asked for as each rollout ends, or for all at once where the teacher wants that."""
+    async def _before(self, teacher: Teacher, prompts: Mapping[int, Prompt], step: int) -> list[Evidence]:
+        """What the method wants of the teacher before the student writes."""
+        queries = self.method.before(prompts, step)
+        return await self._gather(teacher, queries, "asking the teacher first") if queries else []
+
+    async def _ask(
+        self,
+        teacher: Teacher,
+        arrivals: Arrivals,
+        clock: Clock,
+        before: Sequence[Evidence],
+        written: Mapping[int, Rollout],
+        step: int,
+    ) -> list[Evidence]:
+        """The teacher's evidence: asked for as each rollout ends, or for all at once where the teacher wants that; then round
+        after round, if the method asks again."""
         queries: Queries = arrivals
         if not teacher.streams:
             queries = sorted([query async for batch in arrivals for query in batch], key=lambda query: query.row)
         await arrivals.first()
         with clock.stage("evidence"):
-            return await self._gather(teacher, queries, "asking the teacher")
+            evidence = [*before, *await self._gather(teacher, queries, "asking the teacher")]
+            while more := self.method.again(written, evidence, step):
+                evidence += await self._gather(teacher, more, "asking again")
+        return evidence
 
-    def _together(self, begun: Begun, evidence: Sequence[Evidence]) -> tuple[list[Rollout], list[Evidence]]:
+    def _measured(self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence]) -> dict[int, Rollout]:
+        """This process's rollouts with what the method measures of them."""
+        with self.trainer.unsharded():
+            facts = self.method.measure(rollouts, evidence, StudentView(self.policy))
+        measured = {row: {name: tuple(numbers) for name, numbers in own.items()} for row, own in facts.items()}
+        return {row: replace(one, facts=measured[row]) if row in measured else one for row, one in rollouts.items()}
+
+    def _together(
+        self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence]
+    ) -> tuple[list[Rollout], list[Evidence]]:
         """The rollouts and the evidence of all processes, so that whatever a method counts is counted over the whole step."""
         written: dict[int, Rollout] = {}
         found: list[Evidence] = []
-        for rows, rollouts, evidence_there in self.ranks.all((begun.rows, begun.rollouts, evidence)):
-            written |= zip(rows, rollouts, strict=True)
+        for rollouts_there, evidence_there in self.ranks.all((rollouts, evidence)):
+            written |= rollouts_there
             found += evidence_there
         return [written[row] for row in sorted(written)], sorted(found, key=lambda one: one.query.row)
 
@@ -212,7 +256,7 @@ class Run:
                 folder.check_budget()
             await self.check_teacher(teacher)
             folder.begin()
-            record = folder.restore(self.policy, self.trainer)
+            record = folder.restore(self.policy, self.trainer, self.method)
             self.kept = {one["step"]: one["rollouts"] for one in record.begun}
             await self.lane.run(self._push)
             folder.write_manifest(teacher.fingerprint, self.policy, getattr(teacher, "probe", None))
@@ -220,7 +264,7 @@ class Run:
                 record.before = (await self.lane.run(self.evaluate, "before")).to_json(samples=20)
                 folder.log({"step": 0, "eval": figures(record.before)})
             if record.step == 0:
-                folder.checkpoint(record, self.policy, self.trainer)
+                folder.checkpoint(record, self.policy, self.trainer, self.method)
             status = "failed"
             try:
                 await self._loop(folder, record, teacher, ledger)
@@ -287,7 +331,7 @@ class Run:
         for begun, *parts in zip(self.begun, *together, strict=True):
             written = {row: kept for part in parts for row, kept in part.items()}
             record.begun.append({"step": begun.step, "rollouts": [written[row] for row in sorted(written)]})
-        folder.checkpoint(record, self.policy, self.trainer)
+        folder.checkpoint(record, self.policy, self.trainer, self.method)
 
     def _measures_at(self, step: int) -> bool:
         every = self.config.eval.every
@@ -300,7 +344,7 @@ class Run:
                 if self.ranks.count == 1:
                     self._save(folder, record)
                 elif not self.ranks.sharded and self.config.train.max_lag == 0:  # what one process has is all
-                    folder.checkpoint(replace(record, begun=[]), self.policy, self.trainer)
+                    folder.checkpoint(replace(record, begun=[]), self.policy, self.trainer, self.method)
             folder.write_summary(summary(self.config, record, ledger, status, self.policy.parameters, self.signal))
         except RunError:
             self.progress.say("the last checkpoint could not be written; an earlier one is kept")
@@ -378,11 +422,32 @@ class Run:
         return {**audit, "correct": self.task.check(prompt, audit["text"]) if prompt.reference is not None else None}
 
 
+def _check_method(config: RunConfig, method: Method, sampler: Sampler, ranks: Ranks) -> None:
+    """Refuse what the run can't give a method, the teacher apart: see `Run.check_needs`."""
+    name = config.method.name
+    if "group" in method.needs and config.train.rollouts_per_prompt < 2:
+        raise ConfigError(
+            f"train.rollouts_per_prompt: the method '{name}' compares rollouts of one prompt; set 2 or more"
+        )
+    if unable := sorted(method.writes - sampler.offers):
+        raise ConfigError(
+            f"student.rollouts: '{config.student.rollouts.type}' can't do what the method '{name}' asks of it "
+            f"({', '.join(unable)}); set student.rollouts=transformers"
+        )
+    if method.candidates and "candidates" not in sampler.offers:
+        raise ConfigError(
+            f"student.rollouts: '{config.student.rollouts.type}' does not tell the student's likeliest tokens, which the "
+            f"method '{name}' reads; set student.rollouts=transformers"
+        )
+    if method.one_process and ranks.count > 1:
+        raise ConfigError(f"method: '{name}' looks at all rollouts of a prompt together; start one process")
+
+
 def _check_processes(config: RunConfig, ranks: Ranks) -> None:
     """Refuse what several processes can't do."""
-    if config.train.prompts_per_step < ranks.count:
+    if (rows := config.train.prompts_per_step * config.train.rollouts_per_prompt) < ranks.count:
         raise ConfigError(
-            f"train.prompts_per_step: {config.train.prompts_per_step} is less than the {ranks.count} processes; raise it, or "
+            f"train.prompts_per_step: {rows} rollouts are less than the {ranks.count} processes; raise it, or "
             "start fewer"
         )
     if ranks.sharded and config.student.lora:

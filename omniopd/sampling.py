@@ -8,6 +8,7 @@ finished rows leave the batch.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,14 +17,28 @@ from omniopd.drawing import Draw, Ended, Request, Rows, named_seed
 from omniopd.errors import OmniError
 from omniopd.kv_cache import decoding_mask, keep_rows, roomy_cache
 from omniopd.threads import one_thread, small_products
+from omniopd.types import Teacher
 
-__all__ = ["Draw", "Request", "end_ids", "named_seed", "sample"]
+__all__ = ["Blend", "Draw", "Request", "end_ids", "named_seed", "sample"]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a response: the generation config's, and the tokenizer's; empty where neither names one."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     return frozenset({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A teacher of the same vocabulary that may bend the student's next-token distribution by `budget` nats of KL."""
+
+    model: PreTrainedModel
+    budget: float
+
+    @classmethod
+    def of(cls, teacher: Teacher, budget: float) -> Blend | None:
+        """The blend with a teacher that offers its weights; None where there is nothing to spend."""
+        return cls(teacher.model, budget) if budget > 0 else None  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -34,6 +49,7 @@ def sample(
     *,
     batch_tokens: int = 65_536,
     ended: Ended | None = None,
+    blend: Blend | None = None,
 ) -> list[list[Draw]]:
     """Draw from the model; `result[i][d]` is draw d of request i.
 
@@ -41,6 +57,7 @@ def sample(
         end_ids: ids that end a response.
         batch_tokens: bound on rows times width of one batch, hence on memory.
         ended: hears of request i, with its draws, as soon as the last of them has ended.
+        blend: the teacher that bends the model's distribution at every token.
 
     Raises:
         OmniError: the model does not keep its past in the library's cache.

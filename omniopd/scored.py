@@ -119,17 +119,7 @@ class Scored(Method):
 
     def query(self, rollout: Rollout, row: int) -> ScoreQuery:
         """What do you give each token of this response?"""
-        vocabulary = self.text.vocabulary
-        return ScoreQuery(
-            prompt=rollout.prompt,
-            row=row,
-            ids=rollout.ids,
-            vocabulary=vocabulary.digest,
-            text=rollout.text if vocabulary.lossy else vocabulary.spell(rollout.ids).text,
-            closes=rollout.finish == "stop",
-            top=self.top,
-            whole=self.whole,
-        )
+        return score_query(rollout, row, self.text.vocabulary, top=self.top, whole=self.whole)
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Scores as numbers on tokens. A response of which no token is heard is a drop, a token without signal a reject."""
@@ -169,6 +159,20 @@ class Scored(Method):
         if scores.rejected or not scores.ids:
             return Reading.silent(len(rollout), next(iter(scores.rejected), MISSING))
         return self.place(rollout, scores)
+
+
+def score_query(rollout: Rollout, row: int, vocabulary: Vocabulary, *, top: int = 0, whole: bool = False) -> ScoreQuery:
+    """What do you give each token of this response? `vocabulary` is the student's."""
+    return ScoreQuery(
+        prompt=rollout.prompt,
+        row=row,
+        ids=rollout.ids,
+        vocabulary=vocabulary.digest,
+        text=rollout.text if vocabulary.lossy else vocabulary.spell(rollout.ids).text,
+        closes=rollout.finish == "stop",
+        top=top,
+        whole=whole,
+    )
 
 
 def nats(logprobs: Sequence[float]) -> Tensor:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
-Author = Literal["student", "teacher", "mixed"]
+Author = Literal["student", "initial", "teacher", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,10 @@ class Rollout:
     id when `finish` is "stop". `logprobs` and `entropy` (nats) belong to the distribution that *produced* each token,
     exact over the whole vocabulary in fp32, at temperature 1. `ends[t]` is the length of the text, in characters,
     that the tokens up to and including t have completed: a token that ends inside a character completes nothing.
-    `version` counts the updates that the weights had seen when they wrote it.
+    `version` counts the updates that the weights had seen when they wrote it. The first `given` tokens are the teacher's
+    (see `Writing`). `facts` are numbers [T] by name that a method measured where both sides' distributions are at hand
+    (see `Method.measure`). `top` [T][K] are the likeliest tokens at each place with their log-probs, best first, where a
+    method asks for such `candidates`.
     """
 
     prompt: Prompt
@@ -63,9 +66,33 @@ class Rollout:
     finish: Finish
     author: Author = "student"
     version: int = 0
+    given: int = 0
+    facts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a rollout comes to be. By default the student writes all of it, up to `student.max_new_tokens`.
+
+    Attributes:
+        max_tokens: a lower limit, of all its tokens. What is cut there has no end token.
+        begins: ids in the student's vocabulary that it begins with.
+        whole: these are all of it.
+        blank: it has no tokens.
+        initial: the initial student writes it, not the present one.
+        seed: of its random stream; None: that of its step and row.
+    """
+
+    max_tokens: int | None = None
+    begins: tuple[int, ...] = ()
+    whole: bool = False
+    blank: bool = False
+    initial: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +131,17 @@ class ContinueQuery:
 
 @dataclass(frozen=True, slots=True)
 class AnswerQuery:
-    """Answer the prompt, N times, independently. `row` is the rollout that the answers belong beside."""
+    """Answer the prompt, N times, independently. `row` is the rollout that the answers belong beside.
+
+    `judge` sends it to the run's judge: a prompt that asks for a verdict.
+    """
 
     prompt: Prompt
     row: int
     n: int
     max_tokens: int
     seed: int
+    judge: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +287,8 @@ Evidence = Continuations | Answers | TokenScores
 class Branch:
     """Tokens that the teacher wrote after the first `at` tokens of rollout `row`, with their weight in the loss.
 
+    `weights` [tokens learned], if there are any, multiply it token by token.
+
     `at == 0` branches off right after the prompt: a whole answer of the teacher's. The first `context` ids are only read,
     not learned: they spell the student's own prefix where the student's tokenizer would now cut it differently.
     """
@@ -265,6 +298,7 @@ class Branch:
     ids: tuple[int, ...]
     weight: float
     context: int = 0
+    weights: tuple[float, ...] = ()
 
 
 class Target(Protocol):
@@ -301,8 +335,8 @@ class Signal:
 
     `values_BT[b][t]` is a likelihood weight or an advantage, `mask_BT` True where the teacher spoke. Values outside the
     mask are 0 and mean nothing. `targets` [B] are distributions to come near to: each position under the mask adds its
-    divergence (`Target`), None where a rollout has none. `branches` are tokens of the teacher's to learn from beside the
-    student's own, and `branch_scale` multiplies their part of the loss.
+    divergence (`Target`), None where a rollout has none; `weights_BT`, if there are any, multiply it. `branches` are tokens
+    of the teacher's to learn from beside the student's own, and `branch_scale` multiplies their part of the loss.
     `drops` counts *chunks* (or answers, or scored responses) by the reason they gave no signal, `rejects` single replies, or
     single tokens of scored responses.
     """
@@ -310,18 +344,21 @@ class Signal:
     values_BT: tuple[torch.Tensor, ...]
     mask_BT: tuple[torch.Tensor, ...]
     targets: tuple[Target | None, ...] = ()
+    weights_BT: tuple[torch.Tensor, ...] = ()
     branches: tuple[Branch, ...] = ()
     branch_scale: float = 1.0
     drops: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
     stats: Mapping[str, float | None] = field(default_factory=dict)
     audits: Sequence[Mapping[str, Any]] = ()  # JSON records for the report: what was asked, said and scored
+    spoken: int | None = None  # tokens on which the teacher spoke, where fewer are learned
 
     @property
     def coverage(self) -> float:
         """Share of the response tokens on which the teacher spoke."""
         tokens = sum(mask.numel() for mask in self.mask_BT)
-        return sum(int(mask.sum()) for mask in self.mask_BT) / tokens if tokens else 0.0
+        spoken = sum(int(mask.sum()) for mask in self.mask_BT) if self.spoken is None else self.spoken
+        return spoken / tokens if tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +377,7 @@ class Capabilities:
     logits: bool = False
     hidden: bool = False
     gen_logprobs: int = 0
+    decode: bool = False
     vocabulary: str = ""
 
 

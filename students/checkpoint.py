@@ -9,8 +9,9 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +28,16 @@ from students.trainer import Trainer
 _STATE = "trainer.pt"
 
 
+class Stateful(Protocol):
+    """What has a state beside the weights: a method."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 def save_checkpoint(
-    folder: Path, step: int, policy: Policy, trainer: Trainer, progress: dict[str, Any], keep: int
+    folder: Path, step: int, policy: Policy, trainer: Trainer, method: Stateful, progress: dict[str, Any], keep: int
 ) -> Path:
     """Write `folder/step-NNNNNN`; it appears under that name only when all of it is on disk. Keep the newest `keep`."""
     target = folder / f"step-{step:06d}"
@@ -41,7 +50,8 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_model(partial, policy, weights)
-        torch.save({"trainer": state, "progress": json.dumps(progress)}, partial / _STATE)
+        kept = {"trainer": state, "method": method.state_dict(), "progress": json.dumps(progress)}
+        torch.save(kept, partial / _STATE)
     except (SafetensorError, RuntimeError) as error:  # how the two libraries report a full disk
         shutil.rmtree(partial, ignore_errors=True)
         reason = (str(error).splitlines() or ["unknown reason"])[0]
@@ -86,19 +96,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
-def load_checkpoint(path: Path, policy: Policy, trainer: Trainer) -> dict[str, Any]:
-    """Put weights and trainer state back; returns the progress record that was saved.
+def load_checkpoint(path: Path, policy: Policy, trainer: Trainer, method: Stateful) -> dict[str, Any]:
+    """Put weights, trainer's and method's state back; returns the progress record that was saved.
 
     Raises:
         RunError: the checkpoint can't be read or belongs to another model.
     """
     try:
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or set(state) != {"trainer", "progress"}:
+        if not isinstance(state, dict) or set(state) != {"trainer", "method", "progress"}:
             raise ValueError(f"{_STATE} holds no trainer's state")
         progress = dict(json.loads(state["progress"]))
         _set_weights(policy, path)
         trainer.load_state_dict(state["trainer"])
+        method.load_state_dict(state["method"])
         return progress
     except Exception as error:  # each library raises types of its own for a damaged file
         reason = (str(error).splitlines() or ["unreadable"])[0]

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 
 from omniopd.chat import first_line
 from omniopd.errors import StudentError
-from omniopd.sampling import Draw, named_seed
+from omniopd.sampling import Blend, Draw, named_seed
 from omniopd.settings import Settings
-from omniopd.types import Finish, Prompt, Rollout
+from omniopd.types import Finish, Prompt, Rollout, Writing
 from omniopd.vllm import UNCHANGED
 from students.checkpoint import save_merged
 from students.gap import gap
@@ -63,6 +63,7 @@ class Asked:
     prompt_ids: tuple[int, ...]
     seed: int
     temperature: float
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +132,22 @@ class EngineSampler(Sampler):
         super().push(version)
 
     def sample(
-        self, prompts: Sequence[Prompt], step: int, rows: Sequence[int] | None = None, ended: Ended | None = None
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        rows: Sequence[int] | None = None,
+        ended: Ended | None = None,
+        writings: Sequence[Writing] | None = None,
+        blend: Blend | None = None,
     ) -> list[Rollout]:
-        """See `Sampler`.
+        """See `Sampler`; of `writings` only the limits.
 
         Raises:
             StudentError: the engine's log-probs are not the trainer's.
         """
         rows = range(len(prompts)) if rows is None else rows
-        asked = self._asked(prompts, [named_seed(self.seed, "rollout", step, row) for row in rows], 1.0)
+        limits = [writing.max_tokens for writing in writings] if writings else [None] * len(prompts)
+        asked = self._asked(prompts, [named_seed(self.seed, "rollout", step, row) for row in rows], 1.0, limits)
         compares = not self._compared or step % self._check_every == 0
         scores = compares or self.entropies
         rollouts: dict[int, Rollout] = {}
@@ -158,7 +166,7 @@ class EngineSampler(Sampler):
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """See `Sampler`; without entropies."""
-        asked = self._asked(prompts, [0] * len(prompts), 0.0)
+        asked = self._asked(prompts, [0] * len(prompts), 0.0, [None] * len(prompts))
         written = dict(self.write(asked))
         return [
             self._written(prompt, asked[place], written[place], _unknown(written[place].ids))
@@ -178,17 +186,22 @@ class EngineSampler(Sampler):
             "top_p": 1.0,
             **UNCHANGED,
             "seed": asked.seed,
-            "max_tokens": self.policy.settings.max_new_tokens,
+            "max_tokens": asked.max_tokens,
             "stop_token_ids": sorted(self.policy.end_ids),
             "ignore_eos": True,
             "logprobs": 0,  # the written token's alone
         }
 
-    def _asked(self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float) -> list[Asked]:
+    def _asked(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float, limits: Sequence[int | None]
+    ) -> list[Asked]:
         if not self._holds_weights:
             self.push(self.version)
-        ids = (self.policy.prompt_ids(prompt) for prompt in prompts)
-        return [Asked(prompt_ids, seed, temperature) for prompt_ids, seed in zip(ids, seeds, strict=True)]
+        most = self.policy.settings.max_new_tokens
+        return [
+            Asked(self.policy.prompt_ids(prompt), seed, temperature, most if limit is None else min(most, limit))
+            for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)
+        ]
 
     def _written(self, prompt: Prompt, asked: Asked, written: Written, entropy: tuple[float, ...]) -> Rollout:
         return self._rollout(prompt, asked.prompt_ids, Draw(written.ids, written.logprobs, entropy, written.finish))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omniopd.losses import Head, forward_kl, importance_ratio, reduction_scales, token_logp, token_nll
 from omniopd.objective import Objective
-from omniopd.types import Rollout, Signal, Target
+from omniopd.types import Branch, Rollout, Signal, Target
 from students.batches import Batch
 from students.stale import Stale
 
@@ -45,8 +45,10 @@ def coefficients(
         raise ValueError(f"signal has {len(signal.targets)} targets, there are {len(rollouts)} rollouts")
     held = torch.ones_like(audited) if objective.anchor.where == "all" else ~audited
     aimed = [torch.full((n,), float(target is not None)) for n, target in zip(lengths, signal.targets, strict=False)]
-    weights = [torch.full((len(b.ids) - b.context,), b.weight) for b in signal.branches]
+    weights = [_branch_weights(b) for b in signal.branches]
     branch = torch.cat(weights) if weights else torch.zeros(0)
+    if signal.weights_BT:
+        aimed = [one * weight for one, weight in zip(aimed, signal.weights_BT, strict=True)]
     all_tokens = len(value) + round(float(branch.sum()))  # a merged reply counts as often as it was drawn
     value_scale, anchor_scale = reduction_scales(
         objective.reduction, int(audited.sum()), int(held.sum()), len(rollouts), all_tokens
@@ -62,6 +64,12 @@ def coefficients(
         branch_Q=branch * (branch_scale * signal.branch_scale),
         stale=stale,
     )
+
+
+def _branch_weights(branch: Branch) -> Tensor:
+    """What multiplies -log p of a branch's learned tokens."""
+    even = torch.full((len(branch.ids) - branch.context,), branch.weight)
+    return even * torch.tensor(branch.weights) if branch.weights else even
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

@@ -180,6 +180,18 @@ class Trainer:
             **(ratio_figures(torch.cat(all_ratios), stale.most) if stale else {}),
         }
 
+    def gram(self, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[list[float]]:
+        """Inner products [K, K] of the gradients of K signals on the same rollouts, over all trained weights, in float64.
+
+        Each signal's loss has its own scale (`coefficients`). The gradients that wait for an update are dropped.
+        """
+        gradients = []
+        for signal in signals:
+            self.accumulate(rollouts, signal)
+            gradients.append([whole(w.grad).double() if w.grad is not None else None for w in self.trained])
+        self.optimizer.zero_grad(set_to_none=True)
+        return [[_product(one, other) for other in gradients] for one in gradients]
+
     def _batches(self, rollouts: Sequence[Rollout], signal: Signal) -> list[Batch]:
         """This process's micro-batches, as many as any other has (trap S3)."""
         own = {row for row, _ in self.ranks.mine(rollouts)}
@@ -229,3 +241,9 @@ class Trainer:
                 if value.shape == weight.shape:  # not so the count of steps
                     self.optimizer.state[weight][name] = spread_like(value, weight)
         self.updates = state["updates"]
+
+
+def _product(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+    """The inner product of two gradients, weight by weight; None is a gradient of 0."""
+    pairs = zip(one, other, strict=True)
+    return math.fsum(float((a * b).sum()) for a, b in pairs if a is not None and b is not None)

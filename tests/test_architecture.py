@@ -53,6 +53,24 @@ MAY_IMPORT = {
         "omniopd.scored_records",
     },
     "omniopd/scored_records.py": SHARED | {"omniopd.scored"},
+    "omniopd/part.py": SHARED | {"omniopd.draft", "omniopd.method", "omniopd.objective"},
+    "omniopd/draft.py": SHARED,
+    "omniopd/parts/": SHARED
+    | {
+        "omniopd.part",
+        "omniopd.parts",
+        "omniopd.draft",
+        "omniopd.method",
+        "omniopd.objective",
+        "omniopd.branches",
+        "omniopd.groups",
+        "omniopd.measures",
+        "omniopd.sampling",
+        "omniopd.scored",
+        "omniopd.losses",
+        "omniopd.targets",
+        "omniopd.verification",
+    },
     "omniopd/methods/": SHARED
     | {
         "omniopd.verification",
@@ -63,6 +81,8 @@ MAY_IMPORT = {
         "omniopd.branches",
         "omniopd.scored",
         "omniopd.mapped",
+        "omniopd.groups",
+        "omniopd.parts",
         "omniopd.alignment",
         "omniopd.boundary",
         "omniopd.credit",
@@ -124,7 +144,10 @@ def test_a_package_imports_only_what_it_may_know(place: str) -> None:
 def test_the_step_in_run_py_reads_like_the_picture() -> None:
     text = (ROOT / "omniopd" / "run.py").read_text(encoding="utf-8")
     step = text[text.index("async def step(") : text.index("def prompts(")]
-    order = ["self._ask(", "method.ask(", "self._write", "begun.asked", "method.read(", "trainer.update"]
+    order = [
+        "self._before(", "method.writings(", "self._ask(", "method.ask(", "self._write",
+        "begun.asked", "self._measured(", "self._together(", "method.read(", "trainer.update", "method.after(",
+    ]  # fmt: skip
     places = [step.index(part) for part in order]
     assert places == sorted(places)
 

@@ -42,6 +42,10 @@ class Alm(Scored):
     """Binarised chunk likelihoods between tokenizers."""
 
     Config: ClassVar[type[Objective]] = AlmConfig
+    paper = "2503.20083"
+    neutral: ClassVar = (
+        "none: a loss on the difference of chunk likelihoods, whose gradient is not that of the reverse KL"
+    )
     needs = frozenset({"score"})
     top_setting = "method.openings"
 

@@ -58,6 +58,9 @@ class Bpm(Mapped):
     """The teacher's distributions, mapped to the student's tokens."""
 
     Config: ClassVar[type[Objective]] = BpmConfig
+    paper = "2607.22334"
+    neutral: ClassVar = {"divergence": "reverse", "mask_blanks": False}
+    plain: ClassVar = {"name": "opd", "form": "dense"}
 
     def __init__(self, config: BpmConfig, text: StudentText, seed: int) -> None:
         super().__init__(config, text, seed)

@@ -44,6 +44,8 @@ class Dpca(Scored):
     """Chunk advantages between tokenizers."""
 
     Config: ClassVar[type[Objective]] = DpcaConfig
+    paper = "2606.09456"
+    neutral: ClassVar = {"openings": 0}
     needs = frozenset({"score"})
     top_setting = "method.openings"
 

@@ -56,6 +56,8 @@ class Gold(Mapped):
     """The teacher's distributions over groups of tokens."""
 
     Config: ClassVar[type[Objective]] = GoldConfig
+    neutral: ClassVar = {"beta": 1.0}
+    plain: ClassVar = {"name": "opd", "form": "dense"}
 
     def __init__(self, config: GoldConfig, text: StudentText, seed: int) -> None:
         super().__init__(config, text, seed)

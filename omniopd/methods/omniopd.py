@@ -77,6 +77,8 @@ class OmniOPD(Method):
     """Audit uncertain chunks, ask the teacher to go on, and learn from the comparison."""
 
     Config: ClassVar[type[Objective]] = OmniOPDConfig
+    paper = "2606.01476"
+    neutral: ClassVar = "none: a teacher that returns text only has no log-ratio to give back"
     needs = frozenset({"continuation"})
 
     def __init__(self, config: OmniOPDConfig, text: StudentText, seed: int) -> None:

@@ -107,6 +107,8 @@ class Opd(Scored):
 
     Config: ClassVar[type[Objective]] = OpdConfig
     needs = frozenset({"score", "same tokenizer"})  # of the default form
+    paper = "2306.13649"
+    neutral: ClassVar = {}
 
     def __init__(self, config: OpdConfig, text: StudentText, seed: int) -> None:
         super().__init__(config, text, seed)

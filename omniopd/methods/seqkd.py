@@ -34,6 +34,8 @@ class SeqKD(Method):
     """Learn the teacher's own answers."""
 
     Config: ClassVar[type[Objective]] = SeqKDConfig
+    paper = "1606.07947"
+    neutral: ClassVar = "none: without the teacher's log-probs nothing gives the log-ratio of plain distillation"
     needs = frozenset({"answer"})
     on_policy = False
 

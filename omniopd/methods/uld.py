@@ -40,6 +40,8 @@ class Uld(Scored):
     """The teacher's sorted probabilities."""
 
     Config: ClassVar[type[Objective]] = UldConfig
+    paper = "2402.12030"
+    neutral: ClassVar = "none: sorted probabilities are compared, not those of the same tokens"
     needs = frozenset({"score", "logits"})
     whole = True
 

@@ -1,11 +1,11 @@
 """Neutral settings are plain on-policy distillation to the last bit: same loss, same gradient, through the real update.
 
-To add a method: one line in `NEUTRAL`, its settings that leave `opd` as it is.
+Every registered method says its neutral settings, or why it has none; every part says its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from references import opd_dense, opd_sampled
 from scored_by import scored
 from torch import Tensor
 
+from omniopd.composition import compose
 from omniopd.losses import sum_over_slices, token_logp
 from omniopd.method import Method
 from omniopd.model import split_model
-from omniopd.registry import METHODS
+from omniopd.registry import METHODS, PARTS
 from omniopd.settings import tagged
 from omniopd.types import Rollout, Signal
 from students.batches import micro_batches, tensors
@@ -41,6 +42,12 @@ NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "bpm", "divergence": "reverse", "mask_blanks": False}, DENSE),
     ({"name": "gold", "beta": 1.0}, DENSE),
 ]
+NEUTRAL += [
+    ({"name": name, **METHODS.get(name).neutral}, dict(METHODS.get(name).plain))
+    for name in METHODS.names()
+    if not isinstance(METHODS.get(name).neutral, str)
+]
+NEUTRAL += [({"name": "opd", "parts": [{"name": name, **PARTS.get(name).neutral}]}, SAMPLED) for name in PARTS.names()]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,7 @@ def rows_of(student: Policy) -> list[Rollout]:
 
 
 def built(config: dict[str, Any], student: Policy) -> Method:
-    return METHODS.build(TypeAdapter(tagged(METHODS)).validate_python(config), student, 0)  # type: ignore[no-any-return]
+    return compose(TypeAdapter(tagged(METHODS)).validate_python(config), student, 0)
 
 
 def signal_of(
@@ -109,6 +116,15 @@ def test_a_neutral_setting_asks_the_teacher_for_nothing_more(
     rows = rows_of(student)
 
     assert built(config, student).audit(rows, 1) == built(plain, student).audit(rows, 1)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_has_a_neutral_setting_or_says_why_not(name: str) -> None:
+    neutral = METHODS.get(name).neutral
+    assert neutral if isinstance(neutral, str) else isinstance(neutral, Mapping), (
+        f"{name}: set neutral (docs/adding-a-method.md)"
+    )
+    assert not isinstance(neutral, str) or len(neutral.split()) > 3
 
 
 # ------------------------------------------------------------------ the two references

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,22 @@ from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
 Folder = Callable[..., Path]
+
+
+class Remembers:
+    """A method with a state."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state = dict(state)
+
+
+METHOD = Remembers()
 PROGRESS = {"step": 3, "drops": {"refusal": 2}, "note": "東京"}
 
 KINDS: list[tuple[str, dict[str, Any], Any]] = [
@@ -60,12 +76,12 @@ def test_a_resumed_update_is_bitwise_the_uninterrupted_one(
     student, trainer = fresh(tiny_folder, kind, settings, lora)
     rollout = tiny.rollout(student, range(20, 32))
     learn(student, trainer, rollout, 3)
-    path = save_checkpoint(tmp_path, 3, student, trainer, PROGRESS, keep=2)
+    path = save_checkpoint(tmp_path, 3, student, trainer, METHOD, PROGRESS, keep=2)
     saved = state(student, trainer)
 
     other, resumed = fresh(tiny_folder, kind, settings, lora)
     assert not equal(state(other, resumed)[: len(saved) // 2], saved[: len(saved) // 2])
-    assert load_checkpoint(path, other, resumed) == PROGRESS
+    assert load_checkpoint(path, other, resumed, METHOD) == PROGRESS
     assert resumed.updates == 3
     assert equal(state(other, resumed), saved)
 
@@ -78,9 +94,9 @@ def test_a_resumed_update_is_bitwise_the_uninterrupted_one(
 def test_loading_keeps_the_reference_and_the_tie(tied_folder: Path, tmp_path: Path, tiny_folder: Folder) -> None:
     student, trainer = fresh(tiny_folder, "llama", {"tie_word_embeddings": True}, None)
     learn(student, trainer, tiny.rollout(student, range(20, 32)), 2)
-    path = save_checkpoint(tmp_path, 2, student, trainer, {}, keep=1)
+    path = save_checkpoint(tmp_path, 2, student, trainer, METHOD, {}, keep=1)
     other, resumed = fresh(tiny_folder, "llama", {"tie_word_embeddings": True}, None)
-    load_checkpoint(path, other, resumed)
+    load_checkpoint(path, other, resumed, METHOD)
     assert other.model.lm_head.weight is other.model.model.embed_tokens.weight
     initial = tiny.policy(tied_folder).model.state_dict()
     with other.reference() as frozen:
@@ -95,9 +111,9 @@ def test_the_newest_are_kept_and_partial_ones_ignored(tiny_folder: Folder, tmp_p
     (tmp_path / ".partial-000009").mkdir()  # a crash while writing
     (tmp_path / ".partial-000009" / "model.safetensors").write_bytes(b"half")
     for step in (2, 9, 10, 100):
-        save_checkpoint(tmp_path, step, student, trainer, {"step": step}, keep=2)
+        save_checkpoint(tmp_path, step, student, trainer, METHOD, {"step": step}, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000100"]
-    assert load_checkpoint(checkpoints(tmp_path)[-1], student, trainer) == {"step": 100}
+    assert load_checkpoint(checkpoints(tmp_path)[-1], student, trainer, METHOD) == {"step": 100}
     assert not list(tmp_path.glob(".partial-*"))  # step 9 was written again, over the half one
 
 
@@ -105,22 +121,22 @@ def test_a_crash_while_writing_leaves_no_checkpoint(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, trainer = fresh(tiny_folder, "llama", {}, None)
-    save_checkpoint(tmp_path, 1, student, trainer, {}, keep=1)
+    save_checkpoint(tmp_path, 1, student, trainer, METHOD, {}, keep=1)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, 2, student, trainer, {}, keep=1)
+        save_checkpoint(tmp_path, 2, student, trainer, METHOD, {}, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000001"]
 
 
 def test_the_same_step_is_not_written_twice(tiny_folder: Folder, tmp_path: Path) -> None:
     student, trainer = fresh(tiny_folder, "llama", {}, None)
-    save_checkpoint(tmp_path, 1, student, trainer, {"first": True}, keep=1)
-    save_checkpoint(tmp_path, 1, student, trainer, {"first": False}, keep=1)
-    assert load_checkpoint(tmp_path / "step-000001", student, trainer) == {"first": True}
+    save_checkpoint(tmp_path, 1, student, trainer, METHOD, {"first": True}, keep=1)
+    save_checkpoint(tmp_path, 1, student, trainer, METHOD, {"first": False}, keep=1)
+    assert load_checkpoint(tmp_path / "step-000001", student, trainer, METHOD) == {"first": True}
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -139,10 +155,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_folder: Folder, tmp_path: Path, damage: str) -> None:
     student, trainer = fresh(tiny_folder, "llama", {}, None)
-    path = save_checkpoint(tmp_path, 1, student, trainer, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, student, trainer, METHOD, {}, keep=1)
     DAMAGE[damage](path)
     with pytest.raises(RunError) as caught:
-        load_checkpoint(path, student, trainer)
+        load_checkpoint(path, student, trainer, METHOD)
     message = str(caught.value)
     assert message.startswith(f"{path}: this checkpoint can't be resumed from: ")
     assert "\n" not in message and len(message) > len(str(path)) + 50
@@ -151,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_folder: Folder, tmp_pa
 @pytest.mark.parametrize("damage", ["half", "gone", "other"])
 def test_a_damaged_adapter_is_refused_in_one_line(tiny_folder: Folder, tmp_path: Path, damage: str) -> None:
     student, trainer = fresh(tiny_folder, "llama", {}, {"rank": 2})
-    path = save_checkpoint(tmp_path, 1, student, trainer, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, student, trainer, METHOD, {}, keep=1)
     adapter = path / "adapter_model.safetensors"
     if damage == "half":
         adapter.write_bytes(adapter.read_bytes()[:500])
@@ -160,21 +176,21 @@ def test_a_damaged_adapter_is_refused_in_one_line(tiny_folder: Folder, tmp_path:
     else:
         student, trainer = fresh(tiny_folder, "llama", {}, {"rank": 2, "target_modules": ["q_proj"]})
     with pytest.raises(RunError, match=r"this checkpoint can't be resumed from: .") as caught:
-        load_checkpoint(path, student, trainer)
+        load_checkpoint(path, student, trainer, METHOD)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 32}, {"num_hidden_layers": 3}, {"tie_word_embeddings": True}])
 def test_another_models_checkpoint_is_refused(tiny_folder: Folder, tmp_path: Path, other: dict[str, Any]) -> None:
     student, trainer = fresh(tiny_folder, "llama", {}, None)
-    path = save_checkpoint(tmp_path, 1, student, trainer, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, student, trainer, METHOD, {}, keep=1)
     stranger, strange_trainer = fresh(tiny_folder, "llama", other, None)
     if other == {"tie_word_embeddings": True}:  # the same shapes: told by the optimizer, which has one weight less
-        other_path = save_checkpoint(tmp_path / "tied", 1, stranger, strange_trainer, {}, keep=1)
+        other_path = save_checkpoint(tmp_path / "tied", 1, stranger, strange_trainer, METHOD, {}, keep=1)
         path, stranger, strange_trainer = other_path, student, trainer
         learn(stranger, strange_trainer, tiny.rollout(stranger, range(20, 25)), 1)
     with pytest.raises(RunError, match="can't be resumed"):
-        load_checkpoint(path, stranger, strange_trainer)
+        load_checkpoint(path, stranger, strange_trainer, METHOD)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])

@@ -1,0 +1,1 @@
+"""Parts of methods, one file each: see `omniopd.part`."""
