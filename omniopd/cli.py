@@ -154,19 +154,21 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from omniopd.config import load_config
+    from omniopd.measuring import measure_student, measure_teacher
     from omniopd.progress import Progress
-    from omniopd.run import Run, measure_teacher
+    from omniopd.run import Run
 
     overrides = [*arguments.overrides, *([f"student.path={arguments.model}"] if arguments.model else [])]
     run = Run(load_config(arguments.config, overrides), Progress())
-    result = asyncio.run(measure_teacher(run)) if arguments.teacher else run.evaluate("")
+    result = asyncio.run(measure_teacher(run)) if arguments.teacher else measure_student(run, "")
     low, high = result.ci95
     print(f"accuracy {result.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, n={result.n})")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from omniopd.config import load_config
-    from omniopd.run import Run, verify_answer
+    from omniopd.measuring import verify_answer
+    from omniopd.run import Run
 
     run = Run(load_config(arguments.config, arguments.overrides))
     record = asyncio.run(verify_answer(run, arguments.prompt, arguments.answer))

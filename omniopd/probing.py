@@ -19,9 +19,10 @@ from omniopd import pilot
 from omniopd.choosing import against_scores
 from omniopd.errors import ConfigError
 from omniopd.ledger import Ledger
+from omniopd.opening import open_teacher
 from omniopd.prompt_check import Compared, compare_prompts
 from omniopd.registry import TEACHERS
-from omniopd.run import Run, open_teacher
+from omniopd.run import Run
 from omniopd.summary import used
 from omniopd.types import Continuations, ContinueQuery, Query, ScoreQuery, Teacher, Usage
 from teachers.backend import estimate_tokens

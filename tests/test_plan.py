@@ -14,10 +14,11 @@ from omniopd import pilot, plan
 from omniopd.config import load_config
 from omniopd.errors import ConfigError
 from omniopd.ledger import Price
+from omniopd.opening import open_teacher
 from omniopd.pilot import Counter, Pilot, pilot_queries, queries_of, run_digest
 from omniopd.plan import describe, forecast, known_of, memory_gb, sampled, teacher_eval
 from omniopd.probing import ahead
-from omniopd.run import Run, open_teacher
+from omniopd.run import Run
 from omniopd.store import Store
 from omniopd.types import AnswerQuery, ContinueQuery, Query, Usage
 from students.policy import Policy, StudentSettings

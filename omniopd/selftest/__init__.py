@@ -15,10 +15,11 @@ from urllib.parse import urlsplit
 from omniopd.choosing import settle
 from omniopd.config import RunConfig
 from omniopd.errors import ConfigError
+from omniopd.opening import open_teacher
 from omniopd.pilot import Counter
 from omniopd.progress import Progress
 from omniopd.prompt_check import compare_prompts
-from omniopd.run import Run, open_teacher
+from omniopd.run import Run
 from omniopd.selftest.bench import Bench
 from omniopd.selftest.checks import CHECKS
 from omniopd.settings import Settings

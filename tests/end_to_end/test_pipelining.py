@@ -24,7 +24,8 @@ from test_resume import finish, start, weights_equal, write
 from omniopd.cli import main
 from omniopd.config import load_config
 from omniopd.errors import OmniError, TeacherError
-from omniopd.run import Run, open_teacher
+from omniopd.opening import open_teacher
+from omniopd.run import Run
 from omniopd.sampling import named_seed
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
@@ -159,14 +160,14 @@ def test_the_first_rollout_is_asked_about_while_the_others_are_written(
         asked.extend([row] * len(queries))
         return queries
 
-    def waiting(prompts: Any, step: int, rows: Any, ended: Any) -> Any:
+    def waiting(prompts: Any, step: int, rows: Any, ended: Any, *how: Any) -> Any:
         def over(place: int, rollout: Any) -> None:
             ended(place, rollout)
             written.append(place)
             if asked:
                 assert came.wait(60), "the server has heard of no query"
 
-        return sample(prompts, step, rows, over)
+        return sample(prompts, step, rows, over, *how)
 
     monkeypatch.setattr(run.method, "ask", asking)
     monkeypatch.setattr(run.sampler, "sample", waiting)
