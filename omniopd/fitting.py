@@ -48,6 +48,11 @@ def check_method(config: RunConfig, method: Method, sampler: Sampler, ranks: Ran
             f"task: the method '{name}' needs to know which answers are right, and none of the prompts has a reference; "
             "choose a task with answers, or another method"
         )
+    if "fresh" in method.needs and config.train.max_lag:
+        raise ConfigError(
+            f"train.max_lag: the method '{name}', as it is set, learns from what the present weights have written; set "
+            "train.max_lag=0"
+        )
     if unable := sorted(method.writes - sampler.offers):
         raise ConfigError(
             f"student.rollouts: '{config.student.rollouts.type}' can't do what the method '{name}' asks of it "
@@ -68,6 +73,8 @@ def check_needs(method: Method, teacher: Teacher) -> None:
         raise ConfigError(
             f"method: needs {' and '.join(lacking)}, which this teacher does not offer; choose another teacher or method"
         )
+    if "judge" in method.needs and not getattr(teacher, "judge", teacher).capabilities.answer:
+        raise ConfigError("judge: has to answer questions, which this one does not; set judge to a teacher that chats")
 
 
 async def check_teacher(run: Run, teacher: Teacher) -> None:

@@ -42,8 +42,8 @@ _PACKAGES = (
 
 _COUNTERS = ("drops", "rejects", "lag")  # of a record
 
-# A run may be made longer and dearer; which teacher it is, `check_teacher` decides by its fingerprint.
-_MAY_CHANGE = ("train.steps", "train.rank_timeout_s", "budget_usd", "prices", "teacher.")
+# A run may be made longer and dearer; which teacher and judge it has, `check_teacher` decides by fingerprint.
+_MAY_CHANGE = ("train.steps", "train.rank_timeout_s", "budget_usd", "prices", "teacher.", "judge.")
 
 
 @dataclass

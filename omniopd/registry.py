@@ -1,4 +1,5 @@
-"""One small mechanism by which teachers, methods, parts, signals, score functions, tasks and samplers are found by name.
+"""One small mechanism by which teachers, their rules, methods, parts, signals, score functions, tasks and samplers are
+found by name.
 
 A config names a component by the registry's tag: `type` for teachers, tasks and samplers, `name` for the rest.
 
@@ -87,6 +88,7 @@ class Registry(Generic[T]):
 
 
 TEACHERS: Registry[Any] = Registry("teacher", "teachers", "type")
+RULES: Registry[Any] = Registry("rule", "teachers.rules", "name")
 METHODS: Registry[Any] = Registry("method", "omniopd.methods", "name")
 PARTS: Registry[Any] = Registry("part", "omniopd.parts", "name")
 SIGNALS: Registry[Any] = Registry("signal", "omniopd.signals", "name")

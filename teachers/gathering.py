@@ -1,19 +1,19 @@
 """One gather: its queries as they come, what it has seen so far, and its calls under way, which are paid for and so are
-waited for."""
+waited for; and one gather of several teachers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from omniopd.errors import OmniError
+from omniopd.errors import OmniError, TeacherError
 from omniopd.ledger import Ledger
-from omniopd.types import Queries, Query
+from omniopd.types import Evidence, Heard, Queries, Query, Teacher
 from teachers.asks import order
 from teachers.wire import Quits, Session
 
@@ -124,3 +124,81 @@ class Gathering:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+
+
+@dataclass
+class _Share:
+    """One teacher's share of a gather: its lists as they come, and where its queries stand among all; None ends it."""
+
+    places: list[int] = field(default_factory=list)
+    queue: asyncio.Queue[list[Query] | None] = field(default_factory=asyncio.Queue)
+    done: int = 0
+
+    def put(self, queries: dict[int, Query]) -> None:
+        self.places += queries
+        self.queue.put_nowait(list(queries.values()))
+
+    def __aiter__(self) -> AsyncIterator[list[Query]]:
+        return self
+
+    async def __anext__(self) -> list[Query]:
+        if (queries := await self.queue.get()) is None:
+            raise StopAsyncIteration
+        return queries
+
+
+async def gather_among(
+    parts: Mapping[str, Teacher],
+    choose: Callable[[Query], str],
+    queries: Queries,
+    progress: Heard | None,
+    prefix: Callable[[str], str],
+) -> list[tuple[str, Evidence]]:
+    """Ask each query's own teacher, all of them beside each other; who answered and what, in the order of the queries.
+
+    A teacher that does not stream is asked when its whole share is there.
+
+    Args:
+        choose: the name of a query's teacher.
+        prefix: what opens the errors of the teacher of that name.
+
+    Raises:
+        TeacherError: as the teachers do; and whatever `choose` raises.
+    """
+    shares: dict[str, _Share] = {}
+    found: dict[int, tuple[str, Evidence]] = {}
+    asked = 0
+
+    async def ask(name: str, share: _Share) -> None:
+        part = parts[name]
+
+        def heard(done: int, _: int) -> None:
+            share.done = done
+            if progress is not None:
+                progress(sum(one.done for one in shares.values()), asked)
+
+        whole = None if part.streams else [query async for some in share for query in some]
+        try:
+            answers = await part.gather(share if whole is None else whole, heard)
+        except TeacherError as error:
+            raise TeacherError(f"{prefix(name)}{error}") from None
+        for place, evidence in zip(share.places, answers, strict=True):
+            found[place] = name, evidence
+
+    try:
+        async with aclosing(lists(queries)) as coming, asyncio.TaskGroup() as group:
+            async for some in coming:
+                split: dict[str, dict[int, Query]] = {}
+                for place, query in enumerate(some, start=asked):
+                    split.setdefault(choose(query), {})[place] = query
+                asked += len(some)
+                for name, queries_of in split.items():
+                    if name not in shares:
+                        shares[name] = _Share()
+                        group.create_task(ask(name, shares[name]))
+                    shares[name].put(queries_of)
+            for share in shares.values():
+                share.queue.put_nowait(None)
+    except BaseExceptionGroup as failures:
+        raise first_error(failures) from None
+    return [found[place] for place in range(asked)]

@@ -9,26 +9,25 @@ teacher:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from omniopd.errors import ConfigError, DataError, TeacherError
+from omniopd.errors import ConfigError, DataError
 from omniopd.ledger import Ledger
 from omniopd.registry import TEACHERS
 from omniopd.settings import Settings, tagged
 from omniopd.store import Store
-from omniopd.types import Capabilities, Evidence, Heard, Prompt, Queries, Query, Teacher
+from omniopd.types import Capabilities, Evidence, Heard, Prompt, Queries, Teacher
 from teachers.asks import digest
-from teachers.gathering import first_error, lists
+from teachers.gathering import gather_among
 
 _WORST_LAST = ("raw", "prefill", "instruct", None)
 
@@ -75,27 +74,6 @@ class RoutedConfig(Settings):
                 "(list the column in task.extras), or set teacher.default"
             )
         return self.default
-
-
-@dataclass
-class _Share:
-    """One teacher's share of a gather: its lists as they come, and where its queries stand among all; None ends it."""
-
-    places: list[int] = field(default_factory=list)
-    queue: asyncio.Queue[list[Query] | None] = field(default_factory=asyncio.Queue)
-    done: int = 0
-
-    def put(self, queries: dict[int, Query]) -> None:
-        self.places += queries
-        self.queue.put_nowait(list(queries.values()))
-
-    def __aiter__(self) -> AsyncIterator[list[Query]]:
-        return self
-
-    async def __anext__(self) -> list[Query]:
-        if (queries := await self.queue.get()) is None:
-            raise StopAsyncIteration
-        return queries
 
 
 @TEACHERS.register("routed")
@@ -147,43 +125,14 @@ class RoutedTeacher:
             DataError: a prompt's column names no teacher, and there is no default.
             TeacherError: as the teachers do.
         """
-        shares: dict[str, _Share] = {}
-        found: dict[int, Evidence] = {}
-        asked = 0
-
-        async def ask(name: str, share: _Share) -> None:
-            part = self._parts[name]
-
-            def heard(done: int, _: int) -> None:
-                share.done = done
-                if progress is not None:
-                    progress(sum(one.done for one in shares.values()), asked)
-
-            whole = None if part.streams else [query async for some in share for query in some]
-            try:
-                answers = await part.gather(share if whole is None else whole, heard)
-            except TeacherError as error:
-                raise TeacherError(f"teacher.teachers.{name}: {error}") from None
-            for place, evidence in zip(share.places, answers, strict=True):
-                found[place] = replace(evidence, teacher=name)
-
-        try:
-            async with aclosing(lists(queries)) as coming, asyncio.TaskGroup() as group:
-                async for some in coming:
-                    split: dict[str, dict[int, Query]] = {}
-                    for place, query in enumerate(some, start=asked):
-                        split.setdefault(self._config.route(query.prompt), {})[place] = query
-                    asked += len(some)
-                    for name, queries_of in split.items():
-                        if name not in shares:
-                            shares[name] = _Share()
-                            group.create_task(ask(name, shares[name]))
-                        shares[name].put(queries_of)
-                for share in shares.values():
-                    share.queue.put_nowait(None)
-        except BaseExceptionGroup as failures:
-            raise first_error(failures) from None
-        return [found[place] for place in range(asked)]
+        found = await gather_among(
+            self._parts,
+            lambda query: self._config.route(query.prompt),
+            queries,
+            progress,
+            lambda name: f"teacher.teachers.{name}: ",
+        )
+        return [replace(evidence, teacher=name) for name, evidence in found]
 
     async def close(self) -> None:
         """Close all of them."""
