@@ -41,6 +41,13 @@ def continuation_branch(
     return Branch(row=row, at=shared, ids=tuple(tail), weight=weight, context=context)
 
 
+def answer_ids(reply: Reply, text: StudentText) -> tuple[int, ...]:
+    """A whole answer of the teacher's in the student's tokens: with its end, or, where the limit cut it, without the last
+    token, which may stop inside a word."""
+    ids, _ = text.encode(reply.text)
+    return (*ids, text.end_id) if reply.finish == "stop" else tuple(ids[:-1])
+
+
 def retokenized(branches: Sequence[Branch]) -> int:
     """How many branches had to repeat a part of their prefix (trap R4: a route that retokenizes reports it)."""
     return sum(branch.context > 0 for branch in branches)

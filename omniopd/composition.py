@@ -28,8 +28,14 @@ from omniopd.types import (
 )
 
 
-def compose(config: Objective, text: StudentText, seed: int, check: Check | None = None) -> Method:
+def compose(
+    config: Objective, text: StudentText, seed: int, check: Check | None = None, group: int = 1
+) -> Method:
     """The method that a config names, with those of its parts that change anything.
+
+    Args:
+        check: the task's verifier.
+        group: rollouts of each prompt.
 
     Raises:
         ConfigError: parts that can't be joined.
@@ -39,7 +45,7 @@ def compose(config: Objective, text: StudentText, seed: int, check: Check | None
     parts = [PARTS.build(part, config, text, seed) for part in active]
     parts.sort(key=lambda part: (part.place, part.config.name))
     method = Composed(base, parts) if parts else base
-    method.check = check
+    method.check, method.group, base.group = check, group, group
     for part in [base, *parts]:
         part.check = check
     return method
@@ -122,12 +128,6 @@ class Composed(Method):
         for part in self.parts:
             part.apply(draft)
         return draft.finish()
-
-    def verdict(self, rollout: Rollout) -> bool | None:
-        """Whether a rollout is right; None where its prompt has no reference, or it was cut."""
-        if self.check is None or rollout.prompt.reference is None or rollout.finish == "length":
-            return None
-        return self.check(rollout.prompt, rollout.text)
 
     def after(
         self, rollouts: Sequence[Rollout], signal: Signal, step: int, gradients: Gradients

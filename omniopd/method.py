@@ -83,6 +83,7 @@ class Method:
     one_process: bool = False
     min_coverage: float = 0.0
     check: Check | None = None  # of the run's task
+    group: int = 1  # rollouts of each prompt: the rows of a step from one of its multiples up to the next
     paper: ClassVar[str] = ""
     neutral: ClassVar[Mapping[str, Any] | str] = ""
     plain: ClassVar[Mapping[str, Any]] = {"name": "opd"}
@@ -128,6 +129,12 @@ class Method:
         They reach `read` as `Rollout.facts`, those of all processes.
         """
         return {}
+
+    def verdict(self, rollout: Rollout) -> bool | None:
+        """Whether a rollout is right; None where its prompt has no reference, or it was cut."""
+        if self.check is None or rollout.prompt.reference is None or rollout.finish == "length":
+            return None
+        return self.check(rollout.prompt, rollout.text)
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """Evidence as numbers on tokens. The same rollouts, evidence and state give the same signal."""

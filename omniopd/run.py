@@ -63,7 +63,9 @@ class Run:
         with one_thread(self.ranks.device.type == "cpu"):  # the main thread needs no helpers: it computes nothing later
             anchored = config.method.anchor.beta > 0 or keeps_initial(config.method)
             self.policy = Policy(config.student, anchored=anchored)
-        self.method: Method = compose(config.method, self.policy, config.seed, self.task.check)
+        self.method: Method = compose(
+            config.method, self.policy, config.seed, self.task.check, config.train.rollouts_per_prompt
+        )
         self.trainer = Trainer(
             self.policy, config.train, self.method.objective, config.train.track, config.output, self.ranks
         )

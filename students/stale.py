@@ -13,7 +13,7 @@ from omniopd.types import Rollout
 
 @dataclass(frozen=True)
 class Stale:
-    """The own tokens that older weights sampled: `logp` is their log-prob then, in nats; nan at all other places.
+    """The tokens that the student's older weights sampled: `logp` is their log-prob then, in nats; nan at all other places.
 
     Their coefficient of -log p is multiplied with min(p_now / p_then, most), which is truncated importance sampling. Nothing
     else is: branches are the teacher's text, anchor and divergences are expectations over the whole vocabulary, in which no
@@ -60,12 +60,12 @@ def ratio_figures(ratios: Tensor, most: float) -> dict[str, float]:
 
 
 def _logp_then(rollout: Rollout, lag: int) -> Tensor:
-    """[T]: the log-probs of a rollout that lags, else nan."""
-    if lag <= 0:
+    """[T]: the log-probs of the student's own tokens in a rollout that lags, else nan."""
+    if lag <= 0 or rollout.author in ("teacher", "initial"):
         return torch.full((len(rollout),), torch.nan)
     logp = torch.tensor(rollout.logprobs)
     if len(logp) != len(rollout) or not bool(logp.isfinite().all()):
         raise ValueError(
             f"a rollout of prompt {rollout.prompt.id} is {lag} updates old and lacks log-probs of its tokens"
         )
-    return logp
+    return logp.index_fill(0, torch.arange(rollout.given), torch.nan)

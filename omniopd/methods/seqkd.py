@@ -1,6 +1,10 @@
 """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): supervised training on the teacher's own answers.
 
-The baseline of every text-only comparison. The student writes nothing; each answer is a branch right after its prompt.
+    L = - mean_t log p(y_t),    y a teacher's answer, the end of the turn included
+
+The baseline of every text-only comparison. The student writes nothing; each answer is a branch right after its prompt, which
+is rendered with the student's own template. Answers are asked for by names that hold the prompt, not the step: in a second
+epoch the store answers. One that the token limit cut is kept there, since it is paid for, and never learned.
 """
 
 from __future__ import annotations
@@ -21,12 +25,15 @@ from omniopd.types import AnswerQuery, Answers, Evidence, Query, Rollout, Signal
 
 
 class SeqKDConfig(Objective):
-    """How many answers to ask for, and how long they may be. No anchor, since there are no student tokens to hold."""
+    """How many answers to ask for, how long, and how often. No anchor, since there are no student tokens to hold."""
 
     name: Literal["seqkd"] = "seqkd"
     anchor: Anchor = Anchor(beta=0.0, allow_none=True)
     answers: int = Field(default=1, ge=1, le=128, description="answers asked for per prompt")
     answer_tokens: int = Field(default=512, ge=1, description="token limit of an answer; longer ones are dropped")
+    fresh: bool = Field(
+        default=False, description="new answers each time that a prompt comes; false: those of the first time, stored"
+    )
 
 
 @METHODS.register("seqkd")
@@ -45,7 +52,8 @@ class SeqKD(Method):
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
         """Whole answers to the prompt."""
-        seed = named_seed(self.seed, "teacher", step, row) % 2**31
+        which = (step, row) if self.config.fresh else (rollout.prompt.id, row % self.group)
+        seed = named_seed(self.seed, "teacher", *which) % 2**31
         return [AnswerQuery(rollout.prompt, row, self.config.answers, self.config.answer_tokens, seed)]
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:

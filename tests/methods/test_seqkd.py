@@ -11,7 +11,8 @@ import tiny
 import torch
 
 from omniopd.methods.seqkd import SeqKD, SeqKDConfig
-from omniopd.types import AnswerQuery, Answers, Reply, Rollout
+from omniopd.types import AnswerQuery, Answers, Message, Reply, Rollout
+from students.packing import build_rows
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
@@ -36,8 +37,47 @@ def asked(student: Policy, **config: Any) -> tuple[SeqKD, list[Rollout], list[An
 def test_it_asks_for_answers_to_every_prompt(student: Policy) -> None:
     method, rows, queries = asked(student, answers=3, answer_tokens=77)
     assert [(q.prompt, q.row, q.n, q.max_tokens) for q in queries] == [(r.prompt, i, 3, 77) for i, r in enumerate(rows)]
-    assert len({q.seed for q in queries}) == 2 and queries == method.audit(rows, 4) != method.audit(rows, 5)
+    assert len({q.seed for q in queries}) == 2
     assert (method.needs, method.on_policy, method.objective.anchor.beta) == ({"answer"}, False, 0.0)
+
+
+def test_answers_of_the_first_time_come_again_unless_fresh_ones_are_wanted(student: Policy) -> None:
+    method, rows, queries = asked(student)
+    assert queries == method.audit(rows, 5)
+    later = method.audit(rows[::-1], 5)
+    assert {(q.prompt.id, q.seed) for q in queries} == {(q.prompt.id, q.seed) for q in later}  # type: ignore[union-attr]
+    fresh, _, first = asked(student, fresh=True)
+    assert len({q.seed for q in (*first, *fresh.audit(rows, 5))}) == 4  # type: ignore[union-attr]
+
+
+def test_rows_of_one_prompt_have_answers_of_their_own(student: Policy) -> None:
+    method, rows, _ = asked(student)
+    method.group = 2
+    seeds = [query.seed for query in method.audit([rows[0]] * 2 + [rows[1]] * 2, 1)]  # type: ignore[union-attr]
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("template", ["byte_level", "pieces"])
+def test_teacher_text_stands_in_the_students_template_with_its_end(template: str, tiny_folder: Any) -> None:
+    student = tiny.policy(tiny_folder(template))
+    method, rows, queries = asked(student)
+    said = "The answer is 19."
+    signal = method.read(rows, [Answers(q, (Reply(said, "stop"),)) for q in queries], 4)
+    for branch, rollout in zip(signal.branches, rows, strict=True):
+        turns = [{"role": m.role, "content": m.content} for m in (*rollout.prompt.messages, Message("assistant", said))]
+        rendered = student.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        assert [*rollout.prompt_ids, *branch.ids] == list(rendered)
+
+
+def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_of_the_prompt(student: Policy) -> None:
+    method, rows, queries = asked(student)
+    signal = method.read(rows[:1], [Answers(queries[0], (Reply("It is 19.", "stop"),))], 4)
+    (row,) = build_rows(rows[:1], signal.branches, trees=True)
+    (branch,) = signal.branches
+    learned = [(place, token) for place, token, _ in row.branch_sites]
+    first = len(rows[0].prompt_ids) - 1  # the prompt's last token predicts the answer's first
+    assert learned == [(first + i, token) for i, token in enumerate(branch.ids)]
+    assert learned[-1][1] == student.end_id
 
 
 def test_answers_are_branches_at_zero_that_end(student: Policy) -> None:

@@ -48,7 +48,8 @@ def signal_of(rollouts: Sequence[Rollout]) -> Signal:
     values = tuple(torch.randn(len(r), generator=generator) * m for r, m in zip(rollouts, masks, strict=True))
     logits = [torch.randn(len(r), 320, generator=generator) for r in rollouts]
     targets = tuple(FullTarget(Distributions(one, lambda hidden: hidden)) for one in logits)
-    return Signal(values, masks, targets, (Branch(0, 3, (20, 21, 22), 2.0), Branch(1, 0, (23, 1), 1.0)))
+    branches = (Branch(0, 3, (20, 21, 22), 2.0), Branch(1, 0, (23, 1), 1.0))
+    return Signal(values, masks, targets, branches=branches)
 
 
 def ratios_by_hand(student: Policy, rollouts: Sequence[Rollout]) -> list[Tensor]:
@@ -136,3 +137,13 @@ def test_nothing_lags_where_nothing_was_written() -> None:
     unwritten = Rollout(tiny.prompt(), (3, 4), (), (), (), (), "", "length")
     assert Stale.of([unwritten], UPDATES, MOST) is None
     assert ratio_figures(torch.zeros(0), MOST) == {}
+
+
+def test_s2_only_what_the_older_student_sampled_has_a_ratio(llama_folder: Path) -> None:
+    student = tiny.policy(llama_folder)
+    own, teachers, initial, mixed = written(student, [UPDATES - 1] * 4)
+    rollouts = [own, replace(teachers, author="teacher"), replace(initial, author="initial"), replace(mixed, given=3)]
+    stale = Stale.of(rollouts, UPDATES, MOST)
+    assert stale is not None
+    known = [part.isfinite() for part in stale.logp.split([len(rollout) for rollout in rollouts])]
+    assert [int(part.sum()) for part in known] == [len(own), 0, 0, len(mixed) - 3] and not bool(known[3][:3].any())
