@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
@@ -65,15 +66,18 @@ class Engine(ABC):
     Attributes:
         most_rows: draws and scored rows in one batch.
         written: tokens that are written behind given ones when these are scored.
+        turn: held while the model computes; who lends its weights to another thread holds it there.
     """
 
     most_rows: ClassVar[int] = 1024
     written: ClassVar[int] = 0
 
-    def __init__(self, chat: ChatTemplate, context: int, device: str = "cpu") -> None:
-        """`context` is how many tokens prompt and answer may have together, `device` the type of what it computes on."""
+    def __init__(self, chat: ChatTemplate, context: int, device: str | DeviceThread = "cpu") -> None:
+        """`context` is how many tokens prompt and answer may have together, `device` the type of what it computes on, or
+        the thread in which it does."""
         self.chat, self.context = chat, context
-        self._thread = DeviceThread(device)
+        self._thread = device if isinstance(device, DeviceThread) else DeviceThread(device)
+        self.turn = threading.Lock()
         self._fresh_seed = time.time_ns()
         self._pieces: dict[int, str] = {}
         self._anchor = chat.encode("a")[0][-1:]
@@ -147,10 +151,11 @@ class Engine(ABC):
         requests = {place: one for place, one in enumerate(asked) if isinstance(one, Request)}
         rows = {place: one for place, one in enumerate(asked) if isinstance(one, Given)}
         found: dict[int, Any] = {}
-        if requests:
-            found |= zip(requests, self.draw_batch(list(requests.values())), strict=True)
-        if rows:
-            found |= zip(rows, self.score_batch(list(rows.values())), strict=True)
+        with self.turn:
+            if requests:
+                found |= zip(requests, self.draw_batch(list(requests.values())), strict=True)
+            if rows:
+                found |= zip(rows, self.score_batch(list(rows.values())), strict=True)
         return [found[place] for place in range(len(asked))]
 
     def text(self, request: Request, drawn: Drawn) -> str:

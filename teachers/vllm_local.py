@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from omniopd.chat import ChatTemplate
 from omniopd.registry import TEACHERS
 from omniopd.sampling import Request
+from omniopd.threads import DeviceThread
 from omniopd.types import Capabilities, Usage
 from omniopd.vllm import UNCHANGED, load_engine, load_package
 from teachers.backend import offers_of
@@ -54,18 +56,11 @@ class VllmEngine(Engine):
             ConfigError: vLLM is not there, or can't load it.
         """
         vllm = load_package("teacher.type", "vllm_local")
-        self._llm: Any = load_engine(
-            vllm,
-            "teacher.path",
-            config.path,
-            dtype=_stored_dtype(config.path) if config.dtype == "auto" else config.dtype,
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
-            max_logprobs=MOST_LOGPROBS,
-        )
-        super().__init__(chat, self._llm.llm_engine.model_config.max_model_len, "vllm")
+        thread = DeviceThread("vllm")
+        self._llm: Any = thread.submit(
+            partial(_load, vllm, config)
+        ).result()  # on a CPU it must have as many helpers later
+        super().__init__(chat, self._llm.llm_engine.model_config.max_model_len, thread)
         self._params = vllm.SamplingParams
 
     def draw_batch(self, requests: Sequence[Request]) -> list[list[Drawn]]:
@@ -112,6 +107,20 @@ class VllmEngine(Engine):
             prompt_logprobs=prompt_top,
             detokenize=False,
         )
+
+
+def _load(vllm: Any, config: VllmLocalConfig) -> Any:
+    return load_engine(
+        vllm,
+        "teacher.path",
+        config.path,
+        dtype=_stored_dtype(config.path) if config.dtype == "auto" else config.dtype,
+        max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        tensor_parallel_size=config.tensor_parallel_size,
+        enforce_eager=config.enforce_eager,
+        max_logprobs=MOST_LOGPROBS,
+    )
 
 
 def _stored_dtype(path: str) -> str:
