@@ -7,8 +7,8 @@ model's probabilities.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class Request:
     """Continue `prompt_ids` `draws` times. `temperature` 0 takes the likeliest token.
 
     Draw d is the first draw of the same request with `seed + d`, so that it does not matter how draws are shared out
-    among calls. `top` asks for so many of the likeliest tokens at every place.
+    among calls. `top` asks for so many of the likeliest tokens at every place. `guide_ids` are the prompt as read by the
+    teacher that bends the distribution (`omniopd.blending`), if one does.
     """
 
     prompt_ids: tuple[int, ...]
@@ -36,6 +37,7 @@ class Request:
     temperature: float = 1.0
     top_p: float = 1.0
     top: int = 0
+    guide_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Draw:
     """What was drawn: `ids`, `logprobs`, `entropy` are [T], end token included; see `omniopd.types.Rollout`.
 
     `top` is [T][K], where it was asked for: the likeliest tokens at each place, best first, as (id, log-prob at
-    temperature 1).
+    temperature 1). `facts` are further numbers [T] by name.
     """
 
     ids: tuple[int, ...]
@@ -51,6 +53,7 @@ class Draw:
     entropy: tuple[float, ...]
     finish: Finish
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    facts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 Ended = Callable[[int, list[Draw]], None]
@@ -87,6 +90,7 @@ class Rows:
         self.numbers = torch.empty(2, longest, len(own), device=device)  # log-prob and entropy of each token
         self.likeliest = torch.empty(longest, len(own), most, dtype=torch.long, device=device)
         self.likely = torch.empty(longest, len(own), most, device=device)
+        self.facts: dict[str, Tensor] = {}  # each [longest, R]
         self.ids: list[list[int]] = [[] for _ in own]
         self.alive = list(range(len(own)))
         self.at = torch.arange(len(own), device=device)  # `alive` on the device
@@ -117,6 +121,12 @@ class Rows:
         tokens = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
         return torch.where(temperature == 0, logits.argmax(-1), tokens) if self.tempered else tokens
 
+    def note(self, facts: Mapping[str, Tensor]) -> None:
+        """Numbers [living rows] by name of the tokens that were just chosen."""
+        for name, numbers in facts.items():
+            kept = self.facts.setdefault(name, torch.empty_like(self.numbers[0]))
+            kept[self.length, self.at] = numbers.to(kept)
+
     def append(self, tokens: Tensor) -> list[int] | None:
         """The chosen tokens have been written. Returns which of the living rows go on, as places among them; None if all do.
 
@@ -144,12 +154,14 @@ class Rows:
         tops = zip(
             *(x[: self.length, rows].transpose(0, 1).tolist() for x in (self.likeliest, self.likely)), strict=True
         )
-        for row, lp, h, (best, values) in zip(rows, logprobs, entropy, tops, strict=True):
+        facts = {name: numbers[: self.length, rows].T.tolist() for name, numbers in self.facts.items()}
+        for place, (row, lp, h, (best, values)) in enumerate(zip(rows, logprobs, entropy, tops, strict=True)):
             ids, top = self.ids[row], self.requests[self.request_of[row]].top
             pairs = zip(best, values, strict=True)
             likely = tuple(tuple(zip(i[:top], v[:top], strict=True)) for i, v in pairs) if top else ()
             finish: Finish = "stop" if ids[-1] in self.end_ids else "length"
-            self._draws[row] = Draw(tuple(ids), tuple(lp), tuple(h), finish, likely)
+            own_facts = {name: tuple(numbers[place]) for name, numbers in facts.items()}
+            self._draws[row] = Draw(tuple(ids), tuple(lp), tuple(h), finish, likely, own_facts)
         for request in sorted({self.request_of[row] for row in rows}):
             own = [row for row, i in enumerate(self.request_of) if i == request]
             if all(row in self._draws for row in own):

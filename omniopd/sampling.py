@@ -8,37 +8,23 @@ finished rows leave the batch.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from omniopd.blending import Blend, Blended, Guide
+from omniopd.decoding import Decoding
 from omniopd.drawing import Draw, Ended, Request, Rows, named_seed
-from omniopd.errors import OmniError
-from omniopd.kv_cache import decoding_mask, keep_rows, roomy_cache
 from omniopd.threads import one_thread, small_products
-from omniopd.types import Teacher
 
-__all__ = ["Blend", "Draw", "Request", "end_ids", "named_seed", "sample"]
+__all__ = ["Blend", "Draw", "Guide", "Request", "end_ids", "named_seed", "sample"]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a response: the generation config's, and the tokenizer's; empty where neither names one."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     return frozenset({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
-
-
-@dataclass(frozen=True)
-class Blend:
-    """A teacher of the same vocabulary that may bend the student's next-token distribution by `budget` nats of KL."""
-
-    model: PreTrainedModel
-    budget: float
-
-    @classmethod
-    def of(cls, teacher: Teacher, budget: float) -> Blend | None:
-        """The blend with a teacher that offers its weights; None where there is nothing to spend."""
-        return cls(teacher.model, budget) if budget > 0 else None  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -57,7 +43,8 @@ def sample(
         end_ids: ids that end a response.
         batch_tokens: bound on rows times width of one batch, hence on memory.
         ended: hears of request i, with its draws, as soon as the last of them has ended.
-        blend: the teacher that bends the model's distribution at every token.
+        blend: the teacher that bends the model's distribution at every token; of requests at temperature 1 and top-p 1,
+            since a budget of KL means nothing otherwise.
 
     Raises:
         OmniError: the model does not keep its past in the library's cache.
@@ -70,7 +57,8 @@ def sample(
             if ended is not None:
                 ended(batch[place], draws)
 
-        _sample_batch(model, [requests[i] for i in batch], end_ids, over)
+        with nullcontext() if blend is None else blend.guide.turn:
+            _sample_batch(model, [requests[i] for i in batch], end_ids, over, blend)
     return [drawn[i] for i in range(len(requests))]
 
 
@@ -90,51 +78,30 @@ def _batches(requests: Sequence[Request], batch_tokens: int) -> Iterator[list[in
         yield batch
 
 
-def _sample_batch(model: PreTrainedModel, requests: list[Request], end_ids: Collection[int], ended: Ended) -> None:
-    device = model.device
-    length = max(len(r.prompt_ids) for r in requests)
-    width = length + max(r.max_new_tokens for r in requests)
-    # padded on the left: every row's next token stands in the last column
-    ids = torch.tensor([[*[0] * (length - len(r.prompt_ids)), *r.prompt_ids] for r in requests], device=device)
-    short = torch.tensor([length - len(r.prompt_ids) for r in requests], device=device)
-    real = (torch.arange(length, device=device) >= short[:, None]).long()
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    out = model(
-        input_ids=ids,
-        attention_mask=real,
-        position_ids=positions,
-        use_cache=True,
-        logits_to_keep=1,
-        past_key_values=roomy_cache(model, width),
-    )
-    cache = getattr(out, "past_key_values", None)
-    if cache is None:
-        raise OmniError(
-            f"{type(model).__name__} keeps no standard cache to sample with; choose one with attention layers"
-        )
-    logits, position = out.logits[:, -1:], positions[:, -1:]
-    rows = Rows(requests, end_ids, logits.shape[-1], device, ended)
-    if len(rows.alive) > len(requests):
-        row_of = torch.tensor(rows.request_of, device=device)
-        cache.reorder_cache(row_of)
-        logits, position, real = logits[row_of], position[row_of], real[row_of]
-    mask = decoding_mask(model, cache, real, width)
+def _sample_batch(
+    model: PreTrainedModel,
+    requests: list[Request],
+    end_ids: Collection[int],
+    ended: Ended,
+    blend: Blend | None,
+) -> None:
+    draws, room = [r.draws for r in requests], max(r.max_new_tokens for r in requests)
+    own = Decoding(model, [r.prompt_ids for r in requests], draws, room)
+    at_work = own if blend is None else _blended(own, blend, requests, end_ids)
+    rows = Rows(requests, end_ids, own.logits.shape[-1], model.device, ended)
     with one_thread(small_products(model, len(rows.alive))):
         while True:
-            tokens = rows.choose(logits[:, -1].float())
+            tokens = rows.choose(at_work.logits)
+            rows.note(at_work.facts(tokens))
             kept = rows.append(tokens)
             if not rows.alive:
                 return
-            if kept is not None:  # some rows ended: carry on with the others
-                keep_rows(cache, kept, device)
-                tokens, position = tokens[kept], position[kept]
-                mask = None if mask is None else mask[kept]
-            length += 1
-            position = position + 1
-            logits = model(
-                input_ids=tokens[:, None],
-                attention_mask=None if mask is None else mask[..., :length],
-                position_ids=position,
-                use_cache=True,
-                past_key_values=cache,
-            ).logits
+            at_work.step(tokens, kept)  # where some rows ended, with the others
+
+
+def _blended(own: Decoding, blend: Blend, requests: Sequence[Request], end_ids: Collection[int]) -> Blended:
+    """The teacher beside the model, on the same rows."""
+    prompts, room = [r.guide_ids for r in requests], max(r.max_new_tokens for r in requests)
+    with torch.autocast(blend.guide.model.device.type, enabled=False):
+        teacher = Decoding(blend.guide.model, prompts, [r.draws for r in requests], room)
+    return Blended(own, teacher, blend, end_ids)

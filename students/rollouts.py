@@ -137,5 +137,6 @@ class Sampler(ABC):
             author=author,
             version=self.version,
             given=given,
+            facts=draw.facts,
             top=draw.top,
         )

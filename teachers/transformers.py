@@ -15,8 +15,8 @@ from omniopd.chat import ChatTemplate, first_line
 from omniopd.errors import ConfigError, OmniError, TeacherError
 from omniopd.model import logits_of
 from omniopd.registry import TEACHERS
-from omniopd.sampling import Request, end_ids, sample
-from omniopd.types import Capabilities
+from omniopd.sampling import Guide, Request, end_ids, sample
+from omniopd.types import AnswerQuery, Capabilities, Prompt
 from teachers.backend import offers_of
 from teachers.engine import Drawn, Engine, Given
 from teachers.forward import frozen, score
@@ -129,7 +129,7 @@ class TransformersBackend(InProcessBackend):
     def capabilities(cls, config: InProcessConfig, chat: ChatTemplate) -> Capabilities:
         """See `InProcessBackend`."""
         offered = offers_of(chat, config, "raw", chat.vocabulary.size)
-        return replace(offered, logits=offered.score)
+        return replace(offered, logits=offered.score, decode=True)
 
     @property
     def offers(self) -> Capabilities:
@@ -156,3 +156,17 @@ class TransformersTeacher(InProcessTeacher):
 
     Config = TransformersConfig
     Backend = TransformersBackend
+    backend: TransformersBackend
+
+    @property
+    def guide(self) -> Guide:
+        """Its weights, for a sampler that blends them with the student's ("decode")."""
+        engine = self.backend.engine
+        return Guide(engine.model, engine.end_ids, self._prompt_ids, engine.turn)
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt as it is scored after: its own template, its own system text."""
+        try:
+            return self.backend.chat.ids(self.manner.ask(AnswerQuery(prompt, 0, 1, 1, 0)).messages)
+        except ValueError as error:
+            raise TeacherError(f"the chat template of the teacher refuses '{prompt.id}': {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class TransformersSampler(Sampler):
 
         for initial in (False, True):
             if at := [place for place, piece in enumerate(pieces) if piece.writing.initial == initial]:
-                self._write([pieces[place] for place in at], _moved(over, at), initial, blend)
+                self._write([pieces[place] for place in at], _moved(over, at), initial, None if initial else blend)
         return [rollouts[place] for place in range(len(prompts))]
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -99,6 +100,7 @@ class TransformersSampler(Sampler):
                 self._limit(piece) - len(begin.ids),
                 temperature=temperature,
                 top=self.candidates if temperature else 0,
+                guide_ids=(*blend.guide.prompt_ids(piece.prompt), *begin.ids) if blend else (),
             )
             for piece, begin in zip(pieces, begins, strict=True)
         ]
@@ -108,6 +110,7 @@ class TransformersSampler(Sampler):
             whole = Draw(
                 begin.ids + draw.ids, begin.logprobs + draw.logprobs, begin.entropy + draw.entropy, draw.finish,
                 ((),) * len(begin.ids) + draw.top if draw.top else (),
+                {name: (math.nan,) * len(begin.ids) + numbers for name, numbers in draw.facts.items()},
             )  # fmt: skip
             author: Author = "initial" if initial else "mixed" if begin.ids else "student"
             ended(place, self._rollout(piece.prompt, piece.prompt_ids, whole, author, len(begin.ids)))
