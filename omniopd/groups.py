@@ -59,6 +59,7 @@ def reward_signal(
     compare: Compare,
     branches: Sequence[Branch] = (),
     drops: Mapping[str, int] | None = None,
+    rejects: Mapping[str, int] | None = None,
     stats: Mapping[str, float | None] | None = None,
 ) -> Signal:
     """Each rollout's advantage in its group, on every one of its tokens: `-log p` times it is GRPO's first step.
@@ -82,6 +83,7 @@ def reward_signal(
         mask_BT=tuple(torch.full((len(r),), a is not None) for r, a in zip(rollouts, advantages, strict=True)),
         branches=tuple(branches),
         drops=Counter(drops or {}),
+        rejects=Counter(rejects or {}),
         stats={
             "reward_mean": fmean(found) if found else None,
             "reward_known": float(len(found)),
