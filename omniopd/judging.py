@@ -106,6 +106,16 @@ def checking(prompt: Prompt, criteria: Sequence[Criterion], response: str) -> Pr
     return _asked(prompt, "check", CHECK, {"criteria": quoted(numbered), "response": quoted(response)})
 
 
+def is_rubric(prompt: Prompt) -> bool:
+    """Whether a judge's prompt asks for a rubric."""
+    return prompt.id.endswith("/rubric")
+
+
+def is_check(prompt: Prompt) -> bool:
+    """Whether a judge's prompt asks which criteria are met."""
+    return prompt.id.endswith("/check")
+
+
 def _asked(prompt: Prompt, what: str, template: str, fields: Mapping[str, str]) -> Prompt:
     """The judge's prompt; columns of the data stay with it, so that a teacher chosen by one of them can be the judge."""
     given = {"question": quoted(question(prompt)), **fields}
