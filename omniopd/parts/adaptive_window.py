@@ -72,6 +72,7 @@ class AdaptiveWindow(Part):
     Config = AdaptiveWindowSettings
     slots = ("sampling", "schedule")
     place = Place.SAMPLE
+    decides = False
     writes = frozenset({"horizon"})
     neutral: ClassVar = {"rho": 2.0, "start": "full", "fallback": "full"}
     refuses: ClassVar = {

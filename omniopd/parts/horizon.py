@@ -57,6 +57,7 @@ class Horizon(Part):
     Config = HorizonSettings
     slots = ("sampling", "schedule")
     place = Place.SAMPLE
+    decides = False
     writes = frozenset({"horizon"})
     neutral: ClassVar = {"tokens": None}
     refuses: ClassVar = {
