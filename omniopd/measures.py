@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omniopd.losses import slice_bounds, slice_size
-from omniopd.types import Distributions
+from omniopd.types import Distributions, Target
 
 
 def entropies(distributions: Distributions) -> Tensor:
@@ -26,6 +26,22 @@ def _bucketed_entropy(logprobs: Sequence[float]) -> float:
     logp = torch.tensor(logprobs, dtype=torch.float64)
     rest = (1 - logp.exp().sum()).clamp(min=0)
     return float(-(logp.exp() * logp).nan_to_num(0.0).sum() - torch.xlogy(rest, rest))
+
+
+@torch.no_grad()
+def divergences(student: Distributions, target: Target, ids: Sequence[int]) -> Tensor:
+    """A target's divergence [T] of the student's distributions.
+
+    Args:
+        ids: [T], the tokens that were written there.
+    """
+    hidden, written = student.hidden, torch.tensor(ids, dtype=torch.long)
+    if not len(hidden):
+        return torch.zeros(0, dtype=torch.float64)
+    width = student.head(hidden[:1]).shape[-1]
+    bounds = slice_bounds(len(hidden), slice_size(width))
+    parts = [target.divergence(student.head(hidden[at]), written[at].to(hidden.device), at.start) for at in bounds]
+    return torch.cat(parts).double().cpu()
 
 
 @torch.no_grad()
