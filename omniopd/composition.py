@@ -25,6 +25,7 @@ from omniopd.types import (
     Signal,
     TokenScores,
     Writing,
+    asked_by,
 )
 
 
@@ -53,8 +54,9 @@ def compose(
 
 def keeps_initial(config: Objective) -> bool:
     """Whether the initial student is kept for the method that a config names; told before there is any student."""
-    parts = [PARTS.get(part.name) for part in config.parts]
-    return any(one.keeps_initial for one in (METHODS.get(config.name), *parts))
+    active = [part for part in config.parts if not getattr(part, "neutral", False)]
+    wanted = [getattr(part, "keeps_initial", PARTS.get(part.name).keeps_initial) for part in active]
+    return METHODS.get(config.name).keeps_initial or any(wanted)
 
 
 class Composed(Method):
@@ -70,12 +72,16 @@ class Composed(Method):
         self.whole = any(part.whole for part in parts)
         self.scores = any("score" in part.needs or part.top or part.whole for part in parts)
         if isinstance(base, Scored):
-            base.top, base.whole = max(base.top, self.top), base.whole or self.whole
+            base.whole = base.whole or self.whole
+            for part in parts:
+                if part.top > base.top:
+                    base.top, base.top_setting = part.top, f"k of method.parts '{part.config.name}'"
         each: list[Method | Part] = [base, *parts]
         self.needs = frozenset().union(*(one.needs for one in each))
         self.writes = frozenset().union(*(one.writes for one in each))
         self.on_policy, self.min_coverage = base.on_policy, base.min_coverage
-        self.reads_entropy = base.reads_entropy
+        self.reads_entropy = any(one.reads_entropy for one in each)
+        self.spares_right = self.objective.control == "none" and any(part.spares_right for part in parts)
         self.candidates = max(one.candidates for one in each)
         self.keeps_initial = any(one.keeps_initial for one in each)
         self.one_process = any(one.one_process for one in each)
@@ -98,7 +104,9 @@ class Composed(Method):
         return max(one.budget(step) for one in self._each)
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
-        """See `Method`; one query for scores, whoever reads them."""
+        """See `Method`; one query for scores, whoever reads them; none of any kind about a rollout that is spared."""
+        if self.spares_right and self.verdict(rollout):
+            return []
         queries = self.base.ask(rollout, row, step)
         if self.scores and len(rollout) and not any(isinstance(query, ScoreQuery) for query in queries):
             queries = [*queries, score_query(rollout, row, self.text.vocabulary, top=self.top, whole=self.whole)]
@@ -106,14 +114,21 @@ class Composed(Method):
 
     def again(self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], step: int) -> list[Query]:
         """See `Method`."""
-        return [query for one in self._each for query in one.again(rollouts, evidence, step)]
+        further = [query for part in self.parts for query in part.again(rollouts, evidence, step)]
+        return [*self.base.again(rollouts, asked_by(evidence), step), *further]
+
+    @property
+    def measures(self) -> bool:
+        """See `Method`."""
+        return self.base.measures or any(type(part).measure is not Part.measure for part in self.parts)
 
     def measure(
         self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], student: StudentModel
     ) -> Mapping[int, Facts]:
         """See `Method`."""
-        scores = {one.query.row: one for one in evidence if isinstance(one, TokenScores) and one.ids}
-        facts = {row: dict(own) for row, own in self.base.measure(rollouts, evidence, student).items()}
+        own = asked_by(evidence)
+        scores = {one.query.row: one for one in own if isinstance(one, TokenScores) and one.ids}
+        facts = {row: dict(found) for row, found in self.base.measure(rollouts, own, student).items()}
         for part in self.parts:
             for row, rollout in rollouts.items():
                 if measured := part.measure(rollout, scores.get(row), student):
@@ -122,7 +137,7 @@ class Composed(Method):
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """See `Method`."""
-        signal = self.base.read(rollouts, evidence, step)
+        signal = self.base.read(rollouts, asked_by(evidence), step)
         dealer = random.Random(named_seed(self.seed, "control", step)) if self.objective.control == "shuffled" else None
         draft = Draft.of(signal, rollouts, evidence, step, self.verdict, dealer)
         for part in self.parts:
@@ -140,8 +155,7 @@ class Composed(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method`."""
-        states = {name: one.state_dict() for name, one in self._named().items()}
-        return {name: state for name, state in states.items() if state}
+        return {name: one.state_dict() for name, one in self._named().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method`."""
@@ -161,7 +175,7 @@ class Composed(Method):
         few = [
             f"the {part.top} likeliest tokens of given text for method.parts '{part.config.name}' (it has {offered.topk})"
             for part in self.parts
-            if part.top > offered.topk and not offered.logits
+            if part.top > offered.topk and not offered.logits and not isinstance(self.base, Scored)
         ]
         return list(dict.fromkeys([*self.base.lacking(offered), *super().lacking(offered), *few]))
 

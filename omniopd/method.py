@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
+
 from omniopd.objective import Objective
 from omniopd.types import Capabilities, Distributions, Evidence, Prompt, Query, Rollout, Signal, Writing
 from omniopd.vocabulary import Vocabulary
@@ -17,7 +19,7 @@ Check = Callable[[Prompt, str], bool]
 
 
 class StudentText(Protocol):
-    """The student's tokenizer, as methods need it."""
+    """The student's tokenizer, as methods need it, and the table behind its tokens."""
 
     end_ids: frozenset[int]  # every id that ends a response
     end_id: int  # the one that a response is taught to end with
@@ -27,6 +29,10 @@ class StudentText(Protocol):
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of plain text, and each token's span of characters."""
+        ...
+
+    def embeddings(self) -> Tensor:
+        """A copy of the present input embeddings [V, E]; when a method is made, these are the initial student's."""
         ...
 
 
@@ -45,6 +51,26 @@ class StudentModel(Protocol):
         """The same of the initial student; only for methods that `keep_initial`."""
         ...
 
+    def discriminator(self, learning_rate: float, max_grad_norm: float, seed: int) -> Discriminator:
+        """A network of its own that begins as a copy of these weights; the method keeps it, and its state."""
+        ...
+
+
+class Discriminator(Protocol):
+    """D(x, y): one number for a whole text, given as prompt ids and response ids."""
+
+    def values(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """D of each text, at the present weights."""
+        ...
+
+    def learn(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], slopes: Sequence[float]) -> float:
+        """One step down the loss whose slopes in D of each text these are; the norm of its gradient."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
 
 class Gradients(Protocol):
     """What the trainer tells of gradients, at the present weights."""
@@ -60,7 +86,7 @@ class Method:
     Attributes:
         needs: what the run must offer. Of the teacher: "continuation", "answer", "score", "topk", "logits", "decode" (its
             weights beside the student's while that writes), "same tokenizer"; of the task: "verify"; a "group" of several
-            rollouts per prompt; a "judge".
+            rollouts per prompt; a "judge"; "fresh" rollouts, of the weights that learn from them.
         writes: what it asks of the sampler beside plain rollouts: "horizon", "text", "initial", "blend" (see `Writing`).
         on_policy: whether the student writes rollouts; otherwise the method gets rollouts of no tokens.
         reads_entropy: whether `ask` looks at the rollout's entropies.
@@ -120,6 +146,11 @@ class Method:
         return [query for row, rollout in enumerate(rollouts) for query in self.ask(rollout, row, step)]
 
     # ------------------------------------------------------------------ reading
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to `measure`, for which the student's weights must be whole."""
+        return type(self).measure is not Method.measure
 
     def measure(
         self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], student: StudentModel
@@ -184,7 +215,7 @@ _READS = {  # the richest first: where there are distributions, scores are there
     "judge": "verdicts",
 }
 
-OF_THE_RUN = frozenset({"verify", "group", "judge"})
+OF_THE_RUN = frozenset({"verify", "group", "judge", "fresh"})
 """Needs that no teacher meets: the run is asked for them when it is put together."""
 
 

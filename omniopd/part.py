@@ -49,21 +49,27 @@ class Part:
     Attributes:
         slots: which slots of the step it fills, in the words of docs/architecture.md.
         place: where it acts among others.
+        decides: whether it chooses among tokens or rollouts, so that `control: shuffled` has something to deal out.
         needs, writes, candidates, keeps_initial, one_process: as in `Method`.
+        reads_entropy: whether it looks at the rollout's entropies, in `ask` or later.
         top: so many of the teacher's likeliest tokens at each place; 0: none.
         whole: the teacher's whole distributions.
         dense: whether it makes sense where the teacher's distributions are a divergence, not an advantage.
+        spares_right: whether the teacher is not asked about rollouts that the verifier finds right.
         refuses: parts that it can't be joined with, and a sentence with the mend.
         warns: parts that it should not be joined with unawares, and why.
-        neutral: settings that change nothing, for the tests of all parts.
+        neutral: settings that change nothing, for the tests of all parts; or a sentence that says why there are none.
     """
 
     Config: ClassVar[type[PartSettings]]
     slots: ClassVar[tuple[str, ...]]
     place: ClassVar[Place]
+    decides: ClassVar[bool] = True
     needs: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
     candidates: int = 0
+    reads_entropy: bool = False
+    spares_right: bool = False
     keeps_initial: bool = False
     one_process: bool = False
     top: int = 0
@@ -71,7 +77,7 @@ class Part:
     dense: ClassVar[bool] = True
     refuses: ClassVar[Mapping[str, str]] = {}
     warns: ClassVar[Mapping[str, str]] = {}
-    neutral: ClassVar[Mapping[str, Any]]
+    neutral: ClassVar[Mapping[str, Any] | str]
     check: Check | None = None
 
     def __init__(self, config: Any, objective: Objective, text: StudentText, seed: int) -> None:
@@ -88,7 +94,7 @@ class Part:
         return 0.0
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
-        """Queries of its own, beside the one for scores that is made of all parts' `top` and `whole`."""
+        """Queries `by` this part, beside the one for scores that is made of all parts' `top` and `whole`."""
         return []
 
     def again(self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], step: int) -> list[Query]:

@@ -13,7 +13,7 @@ from evals.runner import Evaluation
 from omniopd.config import RunConfig
 from omniopd.folder import Record
 from omniopd.ledger import Ledger
-from omniopd.types import ContinueQuery, Evidence, Query, Rollout, ScoreQuery, Signal, TokenScores, Usage
+from omniopd.types import ContinueQuery, Evidence, Query, Rollout, ScoreQuery, Signal, TokenScores, Usage, asked_by
 
 
 def step_row(
@@ -26,7 +26,8 @@ def step_row(
 ) -> dict[str, Any]:
     """A step's row of `metrics.jsonl`, but for the times. `lag`: how many rollouts so many updates have come after.
 
-    `queries` = `chunks` (or `responses`, where scores are read) + the sum of `drops`, always.
+    `queries` = `chunks` (or `responses`, where scores are read) + the sum of `drops`, always; those of parts, which log
+    their own figures, are not counted.
     """
     tokens = sum(map(len, rollouts))
     spent = usage_json(used(evidence))
@@ -35,7 +36,7 @@ def step_row(
         **metrics,
         "coverage": signal.coverage,
         "audited_tokens": sum(int(mask.sum()) for mask in signal.mask_BT),
-        "queries": len(evidence),
+        "queries": len(asked_by(evidence)),
         "drops": dict(signal.drops),
         "rejects": dict(signal.rejects),
         **signal.stats,
@@ -135,13 +136,16 @@ def summary(
 ) -> dict[str, Any]:
     """What `summary.json` holds. A run that stopped early has no accuracy after.
 
-    The teacher's tokens and cost are those behind the weights; `spent_usd` is all that was paid, by the ledger.
+    `eval.correct` has a digit for each held-out problem, 1 where it was answered rightly, in the order of the task. The
+    teacher's tokens and cost are those behind the weights; `spent_usd` is all that was paid, by the ledger.
     """
     method = config.method
     measured: dict[str, Any] = {"before": figures(record.before) if record.before else None}
     if after is not None and record.before:
         difference = paired_difference(record.before["correct"], after.correct, seed=config.seed)
-        measured |= {"after": figures(after.to_json()), "difference": asdict(difference)}
+        right = {"before": record.before["correct"], "after": after.correct}
+        verdicts = {when: "".join(str(int(one)) for one in each) for when, each in right.items()}
+        measured |= {"after": figures(after.to_json()), "difference": asdict(difference), "correct": verdicts}
     if record.teacher:
         measured["teacher"] = figures(record.teacher)
     return {

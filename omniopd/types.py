@@ -115,13 +115,17 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ContinueQuery:
-    """Go on from `chunk.prefix`, N times, independently, at temperature 1."""
+    """Go on from `chunk.prefix`, N times, independently, at temperature 1.
+
+    `by`, here and in the other queries, is the part of the method that asks; "": the method itself.
+    """
 
     prompt: Prompt
     chunk: Chunk
     n: int
     max_tokens: int
     seed: int
+    by: str = ""
 
     @property
     def row(self) -> int:
@@ -142,6 +146,7 @@ class AnswerQuery:
     max_tokens: int
     seed: int
     judge: bool = False
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,7 @@ class ScoreQuery:
     `ids` [T] are its tokens in the vocabulary whose digest is `vocabulary`. A teacher of the same vocabulary scores them as
     they are; any other cuts `text`, the whole characters that they spell, with its own tokenizer, and scores the end of its
     own turn after it where the response `closes`. `top` asks for so many of the likeliest tokens at each place, `whole` for
-    the whole distributions.
+    the whole distributions. The ids `after` stand between prompt and `ids` and are only read; of the same vocabulary alone.
     """
 
     prompt: Prompt
@@ -162,6 +167,8 @@ class ScoreQuery:
     closes: bool
     top: int = 0
     whole: bool = False
+    after: tuple[int, ...] = ()
+    by: str = ""
 
     @property
     def n(self) -> int:
@@ -281,6 +288,11 @@ class TokenScores:
 
 
 Evidence = Continuations | Answers | TokenScores
+
+
+def asked_by(evidence: Sequence[Evidence], name: str = "") -> list[Evidence]:
+    """What came of the queries of one part; of the method itself, unless a part is named."""
+    return [one for one in evidence if one.query.by == name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,10 @@ class Policy:
         """Token ids of plain text, and each token's span of characters. No text becomes a control token."""
         return self.chat.encode(text)
 
+    def embeddings(self) -> torch.Tensor:
+        """A copy of the present input embeddings [V, E], on the CPU."""
+        return self.causal_lm.get_input_embeddings().weight.detach().cpu().clone()
+
 
 def _load_model(settings: StudentSettings) -> PreTrainedModel:
     path = settings.path

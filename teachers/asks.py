@@ -84,9 +84,9 @@ class Ask:
 class ScoreAsk:
     """A response to be scored. `messages` end with it, as the teacher's own turn.
 
-    `ids` are its tokens where they are of the teacher's vocabulary; None: the teacher's tokenizer cuts its text, and the
-    end of the turn is scored where it `closes`. Temperature is always 1, so none is named. `max_tokens` is what a server
-    may write behind what it scores.
+    `ids` are its tokens where they are of the teacher's vocabulary, and `after` those that stand before them and are only
+    read; None: the teacher's tokenizer cuts its text, and the end of the turn is scored where it `closes`. Temperature is
+    always 1, so none is named. `max_tokens` is what a server may write behind what it scores.
     """
 
     teacher: str
@@ -95,6 +95,7 @@ class ScoreAsk:
     closes: bool
     top: int
     whole: bool
+    after: tuple[int, ...] = ()
     max_tokens: ClassVar[int] = 1
     purpose: ClassVar[str] = SCORE
 
@@ -114,6 +115,7 @@ class ScoreAsk:
             "closes": self.closes,
             "top": self.top,
             "whole": self.whole,
+            **({"after": self.after} if self.after else {}),
         }
         return [digest(request)]
 
@@ -151,6 +153,7 @@ class Manner:
                 closes=query.closes,
                 top=query.top,
                 whole=query.whole,
+                after=query.after,
             )
         if isinstance(query, AnswerQuery):
             return self.render("answer", query.prompt, "", query.max_tokens, query.seed)

@@ -49,7 +49,7 @@ def passage(ask: ScoreAsk, chat: ChatTemplate) -> Passage:
     prompt, vocabulary = chat.ids(ask.messages[:-1]), chat.vocabulary
     if ask.ids is not None:
         ends = (None,) * len(ask.ids) if vocabulary.lossy else vocabulary.spell(ask.ids).ends
-        return Passage(prompt, ask.ids, ends, cut=False)
+        return Passage((*prompt, *ask.after), ask.ids, ends, cut=False)
     spelling = vocabulary.cut(ask.text)
     if not ask.closes:
         return Passage(prompt, spelling.ids, spelling.ends, cut=True)
@@ -60,11 +60,15 @@ def passage(ask: ScoreAsk, chat: ChatTemplate) -> Passage:
 def hole(ask: ScoreAsk, vocabulary: Vocabulary | None = None) -> str:
     """Why a response can't be sent; "" if it can.
 
+    One that stands `after` further tokens can't be cut anew: where a character ends among those is not known.
+
     `vocabulary` is the teacher's: padding of an output layer has ids that mean nothing to any model (trap R12).
     """
     if not (ask.text or ask.closes if ask.ids is None else ask.ids):
         return EMPTY
-    beyond = vocabulary is not None and ask.ids is not None and max(ask.ids) >= vocabulary.size
+    if ask.ids is None and ask.after:
+        return UNKNOWN
+    beyond = vocabulary is not None and ask.ids is not None and max(*ask.ids, *ask.after, 0) >= vocabulary.size
     return UNKNOWN if beyond else ""
 
 

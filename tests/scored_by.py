@@ -16,8 +16,9 @@ from students.policy import Policy
 def scored(teacher: Policy, query: Query) -> TokenScores:
     """What the teacher gives a response: its own cut of the text, unless both have one vocabulary."""
     assert isinstance(query, ScoreQuery)
-    vocabulary = teacher.vocabulary
+    vocabulary, before = teacher.vocabulary, teacher.prompt_ids(query.prompt)
     if query.vocabulary == vocabulary.digest:
+        before += query.after
         ids, ends = query.ids, vocabulary.spell(query.ids).ends
     else:
         spelling = vocabulary.cut(query.text)
@@ -26,7 +27,6 @@ def scored(teacher: Policy, query: Query) -> TokenScores:
             ids, ends = (*ids, teacher.end_id), (*ends, len(query.text.encode()))
     if not ids:
         return TokenScores(query, rejected={"empty": 1})
-    before = teacher.prompt_ids(query.prompt)
     body, head = split_model(teacher.causal_lm)
     hidden = body(torch.tensor([[*before, *ids]])).last_hidden_state[0, len(before) - 1 : -1]
     logp = head(hidden).float().log_softmax(-1)

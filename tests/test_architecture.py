@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "omniopd/settings.py": {"omniopd.registry"},
     "omniopd/chat.py": SHARED,
     "omniopd/threads.py": set(),
-    "omniopd/transport.py": SHARED,
+    "omniopd/optimal_transport.py": SHARED,
     "omniopd/kv_cache.py": SHARED,
     "omniopd/drawing.py": SHARED,
     "omniopd/decoding.py": SHARED | {"omniopd.kv_cache"},
@@ -79,7 +79,7 @@ MAY_IMPORT = {
         "omniopd.scored",
         "omniopd.losses",
         "omniopd.targets",
-        "omniopd.transport",
+        "omniopd.optimal_transport",
         "omniopd.verification",
     },
     "omniopd/methods/": SHARED

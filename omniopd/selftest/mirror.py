@@ -46,6 +46,16 @@ def itself(policy: Policy, rollout: Rollout, query: ScoreQuery) -> TokenScores:
     )
 
 
+def asked_about(policy: Policy, rollout: Rollout, query: ScoreQuery) -> Rollout:
+    """The rollout that a query has scored: the student's, or one with the ids that a part of the method made of it."""
+    if query.ids == rollout.ids and not query.after:
+        return rollout
+    other = replace(rollout, prompt_ids=(*rollout.prompt_ids, *query.after), ids=query.ids)
+    hidden, head = last_hidden(policy, other)
+    logp = head(hidden).float().log_softmax(-1).gather(1, torch.tensor(query.ids, device=hidden.device)[:, None])
+    return replace(other, logprobs=tuple(logp[:, 0].tolist()))
+
+
 def disagreeing(scores: TokenScores) -> TokenScores:
     """The same, a nat or two lower, and with every distribution one place too late."""
     found = scores.distributions
@@ -79,12 +89,13 @@ def evidence(
     queries: Sequence[Query],
     change: Callable[[TokenScores], TokenScores],
 ) -> list[Evidence]:
-    """An answer to every query. Of given text the student scores its own; of text to write, every other reply is the
-    student's own, and the others are something else."""
+    """An answer to every query. Of given text the student scores its own, changed where the method itself asks; of text to
+    write, every other reply is the student's own, and the others are something else."""
     found: list[Evidence] = []
     for query in queries:
         if isinstance(query, ScoreQuery):
-            found.append(change(itself(policy, rollouts[query.row], query)))
+            scores = itself(policy, asked_about(policy, rollouts[query.row], query), query)
+            found.append(scores if query.by else change(scores))
         elif isinstance(query, ContinueQuery):
             text = query.chunk.text
             found.append(

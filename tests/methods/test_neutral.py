@@ -47,7 +47,11 @@ NEUTRAL += [
     for name in METHODS.names()
     if not isinstance(METHODS.get(name).neutral, str)
 ]
-NEUTRAL += [({"name": "opd", "parts": [{"name": name, **PARTS.get(name).neutral}]}, SAMPLED) for name in PARTS.names()]
+NEUTRAL += [
+    ({"name": "opd", "parts": [{"name": name, **PARTS.get(name).neutral}]}, SAMPLED)
+    for name in PARTS.names()
+    if not isinstance(PARTS.get(name).neutral, str)
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,219 @@
+"""LGR: the bonus of confident branches, its sign in the update, and what is asked for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from pydantic import TypeAdapter
+from scored_by import scored
+
+from omniopd.chat import ChatTemplate
+from omniopd.composition import compose
+from omniopd.errors import ConfigError
+from omniopd.losses import token_nll
+from omniopd.method import Method
+from omniopd.parts.lookahead import repetition, standardised
+from omniopd.registry import METHODS
+from omniopd.settings import tagged
+from omniopd.types import Query, Rollout, ScoreQuery, Signal, TokenScores
+from students.policy import Policy
+from students.trainer import OptimizerSettings, Trainer
+from teachers.asks import Manner
+from teachers.given import passage
+
+GROUP = torch.tensor([0.9, 0.5, 0.5, 0.1], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_folder: Callable[..., Path]) -> Policy:
+    return tiny.policy(tiny_folder(seed=1))
+
+
+@pytest.fixture
+def student(llama_folder: Path) -> Policy:
+    return tiny.policy(llama_folder)
+
+
+def built(student: Policy, **settings: Any) -> Method:
+    part = {"name": "lookahead", "min_tokens": 0, "tau": 0.0, "k": 4, **settings}
+    return compose(TypeAdapter(tagged(METHODS)).validate_python({"name": "lgr", "parts": [part]}), student, 0)
+
+
+@torch.no_grad()
+def written(student: Policy, ids: Sequence[int], finish: str = "length", k: int = 4) -> Rollout:
+    """A rollout with the student's k likeliest tokens at each place."""
+    row = tiny.rollout(student, ids, finish=finish)
+    logits = student.model(input_ids=torch.tensor([[*row.prompt_ids, *ids]])).logits[0]
+    best = logits[len(row.prompt_ids) - 1 : -1].log_softmax(-1).topk(k)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return replace(row, top=tuple(tuple(zip(*pair, strict=True)) for pair in pairs))
+
+
+def rows_of(student: Policy) -> list[Rollout]:
+    torch.manual_seed(4)
+    rows = [written(student, torch.randint(5, 200, (length,)).tolist()) for length in (9, 1, 4)]
+    return [*rows, written(student, [17, 18, student.end_id], "stop")]
+
+
+def confident(queries: Sequence[Query], rows: Sequence[Rollout], own: float, other: float) -> list[TokenScores]:
+    """A teacher with the student's log-probs that is so sure after the sampled token, and after any other candidate."""
+    found = []
+    for query in queries:
+        assert isinstance(query, ScoreQuery)
+        sure = other if query.by else own
+        logprobs = rows[query.row].logprobs if not query.by else (-1.0,) * len(query.ids)
+        top = ({7: math.log(sure)},) * len(query.ids)
+        found.append(TokenScores(query, query.ids, (None,) * len(query.ids), logprobs, top))
+    return found
+
+
+def read(method: Method, rows: Sequence[Rollout], teacher: Policy) -> Signal:
+    return method.read(rows, [scored(teacher, query) for query in method.audit(rows, 1)], 1)
+
+
+# ------------------------------------------------------------------ the bonus
+
+
+def test_golden_confidences() -> None:
+    population = [1.414214, 0, 0, -1.414214]
+    assert standardised(GROUP, eps=0).tolist() == pytest.approx(population, abs=1e-6)
+    assert standardised(GROUP).tolist() == pytest.approx([1.414209, 0, 0, -1.414209], abs=1e-6)
+    assert standardised(GROUP).tolist() != pytest.approx([1.224741, 0, 0, -1.224741], abs=1e-3)  # the sample's
+
+
+def test_confidences_know_no_shift_nor_scale_and_add_up_to_nothing() -> None:
+    torch.testing.assert_close(standardised(GROUP / 2 + 0.1, eps=0), standardised(GROUP, eps=0))
+    assert standardised(GROUP).sum().item() == pytest.approx(0, abs=1e-12)
+    assert standardised(GROUP[[3, 1, 0, 2]]).tolist() == standardised(GROUP)[[3, 1, 0, 2]].tolist()
+
+
+@pytest.mark.parametrize("group", [[0.5], [0.5, 0.5], [0.5, 0.5 + 1e-5]])
+def test_one_confidence_is_no_reason_for_a_bonus(group: list[float]) -> None:
+    assert not standardised(torch.tensor(group, dtype=torch.float64)).any()
+
+
+def test_golden_sign_a_confident_branch_gains() -> None:
+    logits = torch.zeros(1, 3, requires_grad=True)
+    token_nll(logits.log_softmax(-1)[:, 0], torch.tensor([1.414214])).backward()
+    after = (logits - 0.1 * logits.grad).log_softmax(-1)[0, 0].item()
+
+    assert logits.log_softmax(-1)[0, 0].item() == pytest.approx(-1.098612, abs=1e-6)
+    assert after == pytest.approx(-1.006587, abs=1e-6)
+
+
+def test_repetition_counts_runs_that_stood_there_before() -> None:
+    assert repetition([(1, 2, 3, 4, 1, 2, 3, 4)]) == pytest.approx(1 / 5)
+    assert repetition([(1, 2, 3)]) is None
+
+
+# ------------------------------------------------------------------ what is asked
+
+
+def test_each_candidate_is_two_tokens_behind_the_prefix(student: Policy) -> None:
+    rows = rows_of(student)
+    queries = [query for query in built(student).audit(rows, 1) if isinstance(query, ScoreQuery) and query.by]
+
+    for row, rollout in enumerate(rows):
+        for t in range(len(rollout)):
+            candidates = [q.ids[0] for q in queries if q.row == row and len(q.after) == t]
+            likeliest = [v for v, _ in rollout.top[t] if v != rollout.ids[t] and v not in student.end_ids]
+            assert candidates == (likeliest if t < len(rollout) - 1 else [])
+    assert all(query.after == rows[query.row].ids[: len(query.after)] and query.top == 1 for query in queries)
+
+
+def test_only_unsure_places_of_long_enough_rollouts_are_looked_at(student: Policy) -> None:
+    rows = rows_of(student)
+    tau = sorted(rows[0].entropy)[4]
+    asked = {len(q.after) for q in built(student, tau=tau).ask(rows[0], 0, 1) if isinstance(q, ScoreQuery) and q.by}
+
+    assert asked == {t for t in range(len(rows[0]) - 1) if rows[0].entropy[t] > tau} != set()
+    assert len(built(student, min_tokens=10).audit(rows, 1)) == len(rows)  # the scores alone
+    assert "less than 10 tokens" in built(student, min_tokens=10).cautions()[0]
+
+
+def test_scores_behind_a_prefix_are_those_of_the_whole_text(student: Policy, teacher: Policy) -> None:
+    rollout = rows_of(student)[0]
+    query = next(q for q in built(student).ask(rollout, 0, 1) if isinstance(q, ScoreQuery) and len(q.after) == 5)
+    whole = replace(query, ids=(*query.after, *query.ids), after=(), text="")
+
+    assert scored(teacher, query).logprobs == pytest.approx(scored(teacher, whole).logprobs[-2:], abs=1e-4)
+    manner = Manner("t", "raw", None, None, None, vocabulary=query.vocabulary)
+    chat = ChatTemplate(tiny.byte_level())
+    behind, read = passage(manner.ask(query), chat), passage(manner.ask(whole), chat)
+    assert (*behind.prompt_ids, *behind.ids) == (*read.prompt_ids, *read.ids)
+    assert behind.ids == query.ids
+    other = replace(query, after=(*query.after[:-1], 9))
+    assert manner.ask(query).keys() != manner.ask(other).keys()
+
+
+# ------------------------------------------------------------------ the update
+
+
+@pytest.mark.parametrize(("own", "other", "sign"), [(0.9, 0.1, 1), (0.1, 0.9, -1), (0.5, 0.5, 0)])
+def test_where_the_teacher_agrees_the_bonus_alone_moves_the_sampled_token(
+    student: Policy, own: float, other: float, sign: int
+) -> None:
+    rows = [rows_of(student)[0]]
+    method = built(student)
+    signal = method.read(rows, confident(method.audit(rows, 1), rows, own, other), 1)
+    trainer = Trainer(student, OptimizerSettings(), method.objective)
+    trainer.accumulate(rows, signal)
+    with torch.no_grad():
+        for weight in student.model.parameters():
+            weight -= 0.02 * weight.grad if weight.grad is not None else 0
+    before, after = (sum(row.logprobs[:-1]) for row in (rows[0], tiny.rollout(student, rows[0].ids)))
+
+    assert signal.values_BT[0][-1] == 0
+    assert [math.copysign(1, v) if v else 0 for v in signal.values_BT[0][:-1].tolist()] == [sign] * 8
+    assert (after > before, after < before) == (sign > 0, sign < 0)
+
+
+def test_the_bonus_is_clipped_scaled_by_gamma_and_added_to_the_log_ratio(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student)
+    plain = read(built(student, gamma=0), rows, teacher)
+    one, half = (read(built(student, gamma=gamma), rows, teacher) for gamma in (1.0, 0.5))
+    bonus = [a - b for a, b in zip(one.values_BT, plain.values_BT, strict=True)]
+
+    assert all(bool(b.isfinite().all()) and float(b.abs().max()) <= 2 for b in bonus)
+    assert bonus[0][:-1].abs().min() > 0 and bonus[1].tolist() == [0] and bonus[3][-1] == 0
+    for b, h, p in zip(bonus, half.values_BT, plain.values_BT, strict=True):
+        torch.testing.assert_close(h - p, b / 2, atol=1e-5, rtol=1e-4)
+    clipped = read(built(student, clip=0.01), rows, teacher)
+    assert (clipped.values_BT[0] - plain.values_BT[0]).abs().max().item() == pytest.approx(0.01, abs=1e-6)
+
+
+def test_a_flat_teacher_that_is_peaked_behind_one_candidate_still_tells_branches_apart(student: Policy) -> None:
+    rows = [rows_of(student)[0]]
+    method = built(student)
+    found = confident(method.audit(rows, 1), rows, 0.01, 0.01)
+    peaked = [
+        replace(one, top=({7: math.log(0.99)},) * 2)
+        if one.query.by and one.query.ids[0] == rows[0].top[len(one.query.after)][1][0]
+        else one
+        for one in found
+    ]
+
+    assert method.read(rows, peaked, 1).values_BT[0].any()
+    assert not method.read(rows, found, 1).values_BT[0].any()
+
+
+def test_a_candidate_of_which_nothing_came_leaves_its_group(student: Policy) -> None:
+    rows = [rows_of(student)[0]]
+    method = built(student)
+    found = confident(method.audit(rows, 1), rows, 0.9, 0.1)
+    holes = [TokenScores(one.query, rejected={"timeout": 1}) if one.query.by else one for one in found]
+
+    assert not method.read(rows, holes, 1).values_BT[0].any()
+
+
+def test_a_horizon_is_refused(student: Policy) -> None:
+    config = {"name": "lgr", "parts": [{"name": "lookahead"}, {"name": "horizon"}]}
+    with pytest.raises(ConfigError, match="can't be joined"):
+        compose(TypeAdapter(tagged(METHODS)).validate_python(config), student, 0)

@@ -1,0 +1,254 @@
+"""SCOPE: routed by verdict, weighed by perplexity; golden numbers of the paper's figure, and the real update."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from pydantic import TypeAdapter
+from scored_by import scored, scores_of
+from torch import Tensor
+
+from omniopd.composition import compose
+from omniopd.method import Method
+from omniopd.parts.correctness_router import group_weights
+from omniopd.registry import METHODS
+from omniopd.settings import tagged
+from omniopd.types import Prompt, Rollout, Signal
+from students.policy import Policy
+from students.trainer import OptimizerSettings, Trainer
+
+RIGHT = torch.tensor([1.2, 2.6, 3.8], dtype=torch.float64)  # perplexities of the paper's figure
+WRONG = torch.tensor([4.5, 2.9, 1.7], dtype=torch.float64)
+GOLDEN = [
+    (0.5, [0.0636, 0.2986, 0.6378], [0.0960, 0.2312, 0.6728]),
+    (1.0, [0.1579, 0.3421, 0.5000], [0.1924, 0.2985, 0.5092]),
+    (2.0, [0.2352, 0.3462, 0.4186], [0.2582, 0.3217, 0.4201]),
+]
+HIGH, LOW = "up_weight_high_ppl", "up_weight_low_ppl"
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_folder: Callable[..., Path]) -> Policy:
+    return tiny.policy(tiny_folder(seed=1))
+
+
+@pytest.fixture
+def student(llama_folder: Path) -> Policy:
+    return tiny.policy(llama_folder)
+
+
+def rows_of(student: Policy, marks: str, group: int = 2) -> list[Rollout]:
+    """A rollout per mark, `group` of each prompt: + is right, - wrong, ? has no reference, | was cut."""
+    torch.manual_seed(4)
+    rows = []
+    for place, mark in enumerate(marks):
+        asked = replace(tiny.prompt(name=f"p{place // group}"), reference=None if mark == "?" else "19")
+        ids = torch.randint(5, 200, (4 + 3 * place % 7,)).tolist()
+        finish = "length" if mark == "|" else "stop"
+        row = tiny.rollout(student, [*ids, student.end_id], asked, finish)
+        rows.append(replace(row, text="right" if mark == "+" else "wrong"))
+    return rows
+
+
+def built(student: Policy, **config: Any) -> Method:
+    def right(prompt: Prompt, text: str) -> bool:
+        return text == "right"
+
+    return compose(TypeAdapter(tagged(METHODS)).validate_python({"name": "scope", **config}), student, 0, right, 2)
+
+
+def routed(**settings: Any) -> dict[str, Any]:
+    return {"parts": [{"name": "correctness_router", **settings}]}
+
+
+def read(student: Policy, teacher: Policy, rows: Sequence[Rollout], **config: Any) -> Signal:
+    method = built(student, **config)
+    return method.read(rows, [scored(teacher, query) for query in method.audit(rows, 1)], 1)
+
+
+def taught(student: Policy, rows: Sequence[Rollout], method: Method, signal: Signal) -> tuple[float, list[Tensor]]:
+    trainer = Trainer(student, OptimizerSettings(), method.objective)
+    loss = trainer.accumulate(rows, signal)["loss"]
+    return loss, [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
+
+
+# ------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize(("tau", "of_right", "of_wrong"), GOLDEN)
+def test_golden_weights_of_the_papers_figure(tau: float, of_right: list[float], of_wrong: list[float]) -> None:
+    assert group_weights(-RIGHT.log(), tau, HIGH, "one").tolist() == pytest.approx(of_right, abs=5e-5)
+    assert group_weights(-WRONG.log(), tau, LOW, "one").tolist() == pytest.approx(of_wrong, abs=5e-5)
+
+
+def test_the_released_students_direction_is_the_other_one() -> None:
+    released = [1.6879, 0.7790, 0.5330]
+
+    assert group_weights(-RIGHT.log(), 1.0, LOW, "count").tolist() == pytest.approx(released, abs=5e-5)
+    assert group_weights(-RIGHT.log(), 1.0, HIGH, "count").tolist() == pytest.approx([0.4737, 1.0263, 1.5], abs=5e-5)
+
+
+def test_limits_of_the_temperature_and_the_scale_of_perplexity() -> None:
+    weights = group_weights(-RIGHT.log(), 1.0, HIGH, "one")
+
+    assert group_weights(-RIGHT.log(), math.inf, HIGH, "one").tolist() == pytest.approx([1 / 3] * 3)
+    assert group_weights(-RIGHT.log(), 1e-3, HIGH, "one").tolist() == pytest.approx([0, 0, 1])
+    torch.testing.assert_close(group_weights(-(7 * RIGHT).log(), 1.0, HIGH, "one"), weights)
+
+
+@pytest.mark.parametrize("tau", [1.0, math.inf])
+def test_what_the_teacher_rules_out_weighs_nothing_unless_all_of_it_does(tau: float) -> None:
+    inf = math.inf
+    assert group_weights(torch.tensor([-1.0, -inf, -1.0]), tau, LOW, "one").tolist() == [0.5, 0, 0.5]
+    assert group_weights(torch.tensor([-inf, -inf]), tau, LOW, "one").tolist() == [0.5, 0.5]
+    assert group_weights(torch.tensor([-2.0]), tau, LOW, "one").tolist() == [1]
+
+
+# ------------------------------------------------------------------ routing
+
+
+def test_right_rollouts_are_likelihood_wrong_ones_distillation(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "+-" + "++" + "--")
+    plain = read(student, teacher, rows, parts=[])
+    signal = read(student, teacher, rows)
+    own = [torch.tensor(rows[row].logprobs, dtype=torch.float64).mean() for row in (2, 3)]
+    likelier = group_weights(torch.stack(own), 1.0, HIGH, "one")
+
+    assert signal.values_BT[0].tolist() == [1.0] * len(rows[0])  # alone in its branch, as is the next
+    assert torch.equal(signal.values_BT[1], plain.values_BT[1])
+    for row, weight in zip((2, 3), likelier.tolist(), strict=True):
+        assert signal.values_BT[row].tolist() == pytest.approx([weight] * len(rows[row]))
+    shares = [(signal.values_BT[row] / plain.values_BT[row]).mean().item() for row in (4, 5)]
+    assert sum(shares) == pytest.approx(1) and shares[0] != pytest.approx(shares[1])
+    assert [signal.stats[name] for name in ("routed_right", "routed_wrong", "unrouted")] == [3, 3, 0]
+    assert signal.coverage == 1
+
+
+def test_the_teacher_is_not_asked_about_right_rollouts(student: Policy) -> None:
+    asked = built(student).audit(rows_of(student, "+-++"), 1)
+
+    assert [query.row for query in asked] == [1]
+
+
+def test_the_control_asks_about_all_since_verdicts_are_dealt_out(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "+---")
+    asked = built(student, control="shuffled").audit(rows, 1)
+    signal = read(student, teacher, rows, control="shuffled")
+
+    assert [query.row for query in asked] == [0, 1, 2, 3]
+    assert sum(len(set(values.tolist())) == 1 for values in signal.values_BT) == 1  # one of them is called right
+
+
+def test_what_has_no_verdict_is_plain_and_counted(
+    student: Policy, teacher: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(student, "?|+|")
+    with caplog.at_level(logging.WARNING):
+        signal = read(student, teacher, rows)
+    plain = read(student, teacher, rows, parts=[])
+
+    for row in (0, 1, 3):
+        assert torch.equal(signal.values_BT[row], plain.values_BT[row])
+    assert (signal.stats["unrouted"], signal.stats["verdict_share"]) == (3, 0.25)
+    assert "75% of the rollouts have no verdict" in caplog.text
+
+
+def test_another_prompts_rollouts_change_no_weight(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "+--+++--", group=4)
+    again = [replace(row, prompt=replace(row.prompt, id="other")) for row in rows[4:]]
+    signal, more = read(student, teacher, rows), read(student, teacher, [*rows, *again])
+
+    assert all(torch.equal(one, other) for one, other in zip(signal.values_BT, more.values_BT, strict=False))
+
+
+def test_the_order_of_rows_changes_nothing(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "+--+-+--", group=4)
+    there = read(student, teacher, rows).values_BT
+    back = read(student, teacher, rows[::-1]).values_BT
+
+    for one, other in zip(there, back[::-1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_teacher_that_rules_tokens_out_leaves_no_hole_in_the_weights(
+    student: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(student, "----")
+    method = built(student)
+
+    def logprob(row: int, t: int) -> float:
+        return -math.inf if t == 0 and row in (0, 2, 3) else -1.0
+
+    with caplog.at_level(logging.WARNING):
+        signal = method.read(rows, scores_of(method.audit(rows, 1), logprob), 1)
+    weights = [(values[1] / (-1 - row.logprobs[1])).item() for values, row in zip(signal.values_BT, rows, strict=True)]
+
+    assert weights == pytest.approx([0, 1, 0.5, 0.5])
+    assert all(values.isfinite().all() for values in signal.values_BT)
+    assert "every wrong rollout of 1 prompts" in caplog.text
+
+
+def test_with_a_filter_only_wrong_rollouts_are_dropped(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "++--")
+    parts = ["correctness_router", {"name": "trajectory_filter", "drop": 0.5}]
+    signal = read(student, teacher, rows, parts=parts)
+
+    assert [bool(mask.any()) for mask in signal.mask_BT][:2] == [True, True]
+    assert sum(bool(mask.any()) for mask in signal.mask_BT[2:]) == 1
+    assert any("trajectory_filter" in note for note in built(student, parts=parts).cautions())
+
+
+# ------------------------------------------------------------------ the real update
+
+
+@pytest.mark.parametrize("reduction", ["sum_seqmean", "term_mean"])
+def test_everything_wrong_tau_inf_and_sum_to_count_is_plain_to_the_last_bit(
+    student: Policy, teacher: Policy, reduction: str
+) -> None:
+    rows = rows_of(student, "---" * 3, group=3)
+    settings = {"reduction": reduction}
+    method = built(student, **settings, **routed(tau=math.inf, sum_to="count"))
+    signal = read(student, teacher, rows, **settings, **routed(tau=math.inf, sum_to="count"))
+    loss, gradients = taught(student, rows, method, signal)
+    plain = built(student, **settings, name="opd")
+    expected, of_plain = taught(student, rows, plain, read(student, teacher, rows, **settings, name="opd"))
+
+    assert loss == expected != 0
+    assert all(torch.equal(one, other) for one, other in zip(gradients, of_plain, strict=True))
+
+
+@pytest.mark.parametrize("form", ["sampled", "dense"])
+def test_all_right_is_likelihood_of_the_students_own_text_without_any_teacher(student: Policy, form: str) -> None:
+    rows = rows_of(student, "+", group=1)
+    method = built(student, form=form)
+    assert method.audit(rows, 1) == []
+
+    signal = method.read(rows, [], 1)
+    loss, gradients = taught(student, rows, method, signal)
+    student.model.zero_grad()
+    whole = torch.tensor([[*rows[0].prompt_ids, *rows[0].ids]])
+    logp = student.model(input_ids=whole).logits[0, len(rows[0].prompt_ids) - 1 : -1].log_softmax(-1)
+    nll = -logp.gather(1, torch.tensor(rows[0].ids)[:, None]).sum()
+    nll.backward()
+
+    assert signal.coverage == 1
+    assert loss == pytest.approx(nll.item(), rel=1e-5)
+    for one, other in zip(gradients, [p.grad for p in student.model.parameters()], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_dense_form_keeps_divergences_on_wrong_rollouts_alone(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "+-")
+    signal = read(student, teacher, rows, form="dense")
+
+    assert [target is None for target in signal.targets] == [True, False]
+    assert signal.values_BT[0].tolist() == [1.0] * len(rows[0])
+    assert not signal.values_BT[1].any()
