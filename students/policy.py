@@ -207,7 +207,8 @@ class Policy:
 
     def embeddings(self) -> torch.Tensor:
         """A copy of the present input embeddings [V, E], on the CPU."""
-        return self.causal_lm.get_input_embeddings().weight.detach().cpu().clone()
+        table: Any = self.causal_lm.get_input_embeddings()
+        return torch.as_tensor(table.weight).detach().cpu().clone()
 
 
 def _load_model(settings: StudentSettings) -> PreTrainedModel:
