@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from omniopd.composition import compose, keeps_initial
 from omniopd.config import RunConfig
 from omniopd.fitting import check_method, check_processes
 from omniopd.method import Method
-from omniopd.pipeline import Arrivals, Begun, Clock, Lane, dropped, rollout_of
+from omniopd.pipeline import Arrivals, Begun, Clock, Kept, Lane, dropped, rollout_of
 from omniopd.progress import Progress
 from omniopd.registry import SAMPLERS, TASKS
 from omniopd.sampling import Blend, named_seed
@@ -74,7 +75,7 @@ class Run:
         self.sampler.ranks = self.ranks
         check_method(config, self.method, self.sampler, self.ranks, self.task.train)
         self.lane = Lane(self.ranks.device.type, self.ranks.enter_thread)
-        self.kept: dict[int, Sequence[Mapping[str, Any]]] = {}  # rollouts of steps that were begun before a resumption
+        self.kept: dict[int, Kept] = {}  # steps that were begun before a resumption
         self.origin = time.monotonic()
         self._shuffled: tuple[int, Sequence[int]] = (-1, ())
         for prompt in [*self.task.train, *self.heldout]:
@@ -96,12 +97,27 @@ class Run:
         return await self.finish(await self.begin(step, teacher))
 
     async def begin(self, step: int, teacher: Teacher) -> Begun:
-        """The first half: this process's share of the step's rollouts, each asked about as soon as it ends."""
+        """The first half: this process's share of the step's rollouts, each asked about as soon as it ends.
+
+        A step that was begun before a resumption begins with the method's state of then.
+        """
+        now = self.method.state_dict()
+        if self.config.train.max_lag or step in self.kept:  # else it is still the state when the step is learned
+            now = copy.deepcopy(now)
+        if step not in self.kept:
+            return await self._begin(step, teacher, now)
+        self.method.load_state_dict(self.kept[step].state)
+        try:
+            return await self._begin(step, teacher, self.kept[step].state)
+        finally:
+            self.method.load_state_dict(now)
+
+    async def _begin(self, step: int, teacher: Teacher, state: Mapping[str, Any]) -> Begun:
         clock, arrivals = Clock(self.origin), Arrivals()
         prompts, written = dict(self.ranks.mine(self.prompts(step))), dict[int, Rollout]()
         before = await self._before(teacher, prompts, step)
         writings = self.method.writings(prompts, before, step)
-        blend = Blend.of(teacher, self.method.budget(step))
+        blend = Blend.of(teacher, self.method.budget(step), self.policy.end_id)
         asked = asyncio.create_task(self._ask(teacher, arrivals, clock, before, written, step))
 
         def ended(row: int, rollout: Rollout) -> None:
@@ -116,7 +132,7 @@ class Run:
             raise
         arrivals.put(None)
         rollouts = [written[row] for row in prompts]
-        return Begun(step, tuple(prompts), rollouts, asked, clock, self.sampler.gap)
+        return Begun(step, tuple(prompts), rollouts, asked, clock, self.sampler.gap, state)
 
     async def finish(self, begun: Begun) -> Step:
         """The second half: wait for what the teacher says, and learn from it."""
@@ -166,7 +182,7 @@ class Run:
         """A rollout for each row; of no tokens where the method learns from the teacher's answers alone."""
         if step in self.kept:
             for row, prompt in prompts.items():
-                ended(row, rollout_of(self.kept[step][row], prompt, self.policy))
+                ended(row, rollout_of(self.kept[step].rollouts[row], prompt, self.policy))
         elif self.method.on_policy:
             with self.trainer.unsharded():
                 self.sampler.fill(prompts, step, ended, writings, blend)
@@ -212,10 +228,12 @@ class Run:
 
     def _measured(self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence]) -> dict[int, Rollout]:
         """This process's rollouts with what the method measures of them."""
+        if not self.method.measures:
+            return dict(rollouts)
         with self.trainer.unsharded():
-            facts = self.method.measure(rollouts, evidence, StudentView(self.policy))
+            facts = self.method.measure(rollouts, evidence, StudentView(self.policy, rollouts.values()))
         measured = {row: {name: tuple(numbers) for name, numbers in own.items()} for row, own in facts.items()}
-        return {row: replace(one, facts=measured[row]) if row in measured else one for row, one in rollouts.items()}
+        return {row: replace(one, facts={**one.facts, **measured.get(row, {})}) for row, one in rollouts.items()}
 
     def _together(
         self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence]

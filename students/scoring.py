@@ -33,7 +33,7 @@ def score(policy: Policy, texts: Sequence[Text], model: PreTrainedModel | None =
         model: the policy's causal LM unless given: its reference.
     """
     found: dict[int, Scored] = {}
-    for batch in _batches(texts, policy.settings.micro_batch_tokens):
+    for batch in by_length(texts, policy.settings.micro_batch_tokens):
         with policy.computing():
             logp, unsure = _score_batch(policy, [texts[i] for i in batch], model or policy.causal_lm)
         lengths = [len(texts[i][1]) for i in batch]
@@ -46,7 +46,7 @@ def score(policy: Policy, texts: Sequence[Text], model: PreTrainedModel | None =
 def states(policy: Policy, texts: Sequence[Text]) -> list[Distributions]:
     """The policy's next-token distributions at every token of each response."""
     found: dict[int, Distributions] = {}
-    for batch in _batches(texts, policy.settings.micro_batch_tokens):
+    for batch in by_length(texts, policy.settings.micro_batch_tokens):
         with policy.computing():
             hidden, _, head = _forward(policy, [texts[i] for i in batch], policy.causal_lm)
             fixed = frozen_head(head, hidden)
@@ -55,7 +55,7 @@ def states(policy: Policy, texts: Sequence[Text]) -> list[Distributions]:
     return [found[i] for i in range(len(texts))]
 
 
-def _batches(texts: Sequence[Text], budget: int) -> Iterator[list[int]]:
+def by_length(texts: Sequence[Text], budget: int) -> Iterator[list[int]]:
     """Places of texts of similar length, the longest first, at most `budget` padded tokens each (one may exceed it alone)."""
     lengths = [len(prompt) + len(ids) for prompt, ids in texts]
     batch: list[int] = []
