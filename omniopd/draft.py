@@ -109,7 +109,9 @@ class Draft:
     @property
     def spoken(self) -> int:
         """Tokens on which the teacher spoke, or that are learned without it."""
-        return sum(int((was | mask).sum()) for was, mask in zip(self.signal.mask_BT, self.mask, strict=True))
+        either = sum(int((was | mask).sum()) for was, mask in zip(self.signal.mask_BT, self.mask, strict=True))
+        unlearned = self.signal.spoken and self.signal.spoken - sum(int(mask.sum()) for mask in self.signal.mask_BT)
+        return either + (unlearned or 0)
 
     @property
     def rows(self) -> list[int]:

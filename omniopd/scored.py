@@ -26,6 +26,9 @@ from omniopd.types import Capabilities, Evidence, Query, Rollout, ScoreQuery, Si
 from omniopd.vocabulary import Vocabulary
 
 MISSING, INFINITE = "missing", "infinite"  # a log-prob that did not come, one that says "impossible"
+GIVEN = (
+    "given"  # a token that the student did not draw, which has no log-ratio; the teacher spoke about it all the same
+)
 RETOKENIZED = "retokenized"  # one vocabulary, but the teacher scored other ids than those that were sent (trap R4)
 NOT_FINITE_SHARE = 0.01  # of a step's tokens; more of them deserves a word in the log
 
@@ -137,6 +140,7 @@ class Scored(Method):
             rejects=rejects,
             stats=_stats([reading for reading in readings.values() if reading.heard]),
             audits=tuple(record(rollouts[row], reading) for row, reading in readings.items()),
+            spoken=sum(int(reading.mask.sum()) for reading in placed) + rejects[GIVEN] if rejects[GIVEN] else None,
         )
 
     def lacking(self, offered: Capabilities) -> list[str]:

@@ -13,6 +13,7 @@ Source: GKD, arXiv 2306.13649 [paper] for the dense form; the sampled form after
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from omniopd.method import StudentText
 from omniopd.objective import Objective
 from omniopd.registry import METHODS
-from omniopd.scored import MISSING, RETOKENIZED, Reading, Scored, ScoredObjective, finite, nats
+from omniopd.scored import GIVEN, MISSING, RETOKENIZED, Reading, Scored, ScoredObjective, finite, nats
 from omniopd.targets.full import FullTarget
 from omniopd.targets.subset import SubsetTarget, TopKTarget
 from omniopd.types import Rollout, Target, TokenScores
@@ -57,8 +58,10 @@ class OpdConfig(ScoredObjective):
     @model_validator(mode="before")
     @classmethod
     def _what_is_a_loss(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (given.get("form") == "dense" or given.get("estimator") in ("k2", "k3")):
-            return {"apply": "loss", **given}
+        if isinstance(given, dict):
+            form = given.get("form", cls.model_fields["form"].default)
+            if form == "dense" or given.get("estimator") in ("k2", "k3"):
+                return {"apply": "loss", **given}
         return given
 
     @model_validator(mode="after")
@@ -108,7 +111,7 @@ class Opd(Scored):
     Config: ClassVar[type[Objective]] = OpdConfig
     needs = frozenset({"score", "same tokenizer"})  # of the default form
     paper = "2306.13649"
-    neutral: ClassVar = {}
+    neutral: ClassVar[Mapping[str, Any] | str] = {}
 
     def __init__(self, config: OpdConfig, text: StudentText, seed: int) -> None:
         super().__init__(config, text, seed)
@@ -146,10 +149,13 @@ class Opd(Scored):
             return Reading.silent(len(rollout), RETOKENIZED)
         teacher = nats(scores.logprobs)
         spoke, holes = finite(teacher)
-        advantage = (teacher - nats(rollout.logprobs)).where(spoke, torch.zeros((), dtype=torch.float64))
-        if self.config.form == "sampled":
-            return Reading(spoke, self._values(advantage), holes, log_ratios=advantage[spoke])
-        return self._dense(scores, advantage[spoke])
+        drawn = torch.arange(len(rollout)) >= rollout.given
+        known = spoke & drawn
+        advantage = (teacher - nats(rollout.logprobs)).where(known, torch.zeros((), dtype=torch.float64))
+        if self.config.form == "dense":
+            return self._dense(scores, advantage[known])
+        holes[GIVEN] = int((spoke & ~drawn).sum())
+        return Reading(known, self._values(advantage), holes, log_ratios=advantage[known])
 
     def _values(self, advantage: Tensor) -> Tensor:
         """What multiplies -log p, so that the gradient is that of the estimator."""
