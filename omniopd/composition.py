@@ -29,9 +29,7 @@ from omniopd.types import (
 )
 
 
-def compose(
-    config: Objective, text: StudentText, seed: int, check: Check | None = None, group: int = 1
-) -> Method:
+def compose(config: Objective, text: StudentText, seed: int, check: Check | None = None, group: int = 1) -> Method:
     """The method that a config names, with those of its parts that change anything.
 
     Args:
@@ -57,6 +55,10 @@ def keeps_initial(config: Objective) -> bool:
     active = [part for part in config.parts if not getattr(part, "neutral", False)]
     wanted = [getattr(part, "keeps_initial", PARTS.get(part.name).keeps_initial) for part in active]
     return METHODS.get(config.name).keeps_initial or any(wanted)
+
+
+AUTHORS = frozenset({"text", "initial"})
+"""What only one part may ask of the sampler: of two limits the lower one counts, but a rollout has one author."""
 
 
 class Composed(Method):
@@ -206,6 +208,10 @@ def _check_joints(base: Method, parts: Sequence[Part]) -> None:
                 f"method.parts: '{name}' changes the advantage of the token that was sampled, and form: dense has none; set "
                 "form: sampled, or leave it out"
             )
+    if len(authors := [part.config.name for part in parts if part.writes & AUTHORS]) > 1:
+        raise ConfigError(
+            f"method.parts: '{authors[0]}' and '{authors[1]}' both say who writes a rollout; leave one out"
+        )
 
 
 def _both(one: Writing, other: Writing) -> Writing:
@@ -214,6 +220,6 @@ def _both(one: Writing, other: Writing) -> Writing:
     plain = Writing()
     asked = replace(one, max_tokens=None), replace(other, max_tokens=None)
     if plain not in asked and asked[0] != asked[1]:
-        raise ConfigError("method.parts: two of them write the same rollout; leave one out")
+        raise ConfigError("method.parts: the method and a part of it write the same rollout; leave the part out")
     chosen = asked[1] if asked[0] == plain else asked[0]
     return replace(chosen, max_tokens=min(limits, default=None))

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from omniopd.threads import DeviceThread
@@ -122,7 +122,7 @@ class Begun:
     """A step whose rollouts are written and whose evidence is on its way.
 
     `rollouts` are this process's share of the step's, `rows` their places in it. `gap` is how far their log-probs are from
-    the trainer's, where the sampler compared them.
+    the trainer's, where the sampler compared them. `state` is the method's when the step began.
     """
 
     step: int
@@ -131,10 +131,19 @@ class Begun:
     asked: asyncio.Task[list[Evidence]]
     clock: Clock
     gap: Gap | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[int, dict[str, Any]]:
         """Its rollouts by row, as a checkpoint keeps them; numbers survive JSON as they are."""
         return {row: _kept(rollout) for row, rollout in zip(self.rows, self.rollouts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A step that was begun before a resumption: its rollouts by row, and the method's state when it began."""
+
+    rollouts: Sequence[Mapping[str, Any]]
+    state: Mapping[str, Any]
 
 
 class Text(Protocol):
@@ -155,6 +164,8 @@ def _kept(rollout: Rollout) -> dict[str, Any]:
         "version": rollout.version,
         "author": rollout.author,
         "given": rollout.given,
+        "facts": {name: list(numbers) for name, numbers in rollout.facts.items()},
+        "top": [[list(one) for one in place] for place in rollout.top],
     }
 
 
@@ -173,4 +184,6 @@ def rollout_of(kept: Mapping[str, Any], prompt: Prompt, text: Text) -> Rollout:
         version=kept["version"],
         author=kept["author"],
         given=kept["given"],
+        facts={name: tuple(numbers) for name, numbers in kept["facts"].items()},
+        top=tuple(tuple((int(id), logprob) for id, logprob in place) for place in kept["top"]),
     )

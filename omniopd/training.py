@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from omniopd.folder import Record, RunFolder
 from omniopd.ledger import Ledger
 from omniopd.measuring import ask_teacher, marked, measure_student
 from omniopd.opening import open_teacher
-from omniopd.pipeline import Begun, dropped
+from omniopd.pipeline import Begun, Kept, dropped
 from omniopd.summary import figures, flat, headline, summary
 from omniopd.types import Teacher
 from omniopd.watch import Watch, unheard
@@ -33,6 +34,7 @@ class Training:
         self.folder = RunFolder(self.config, parts.ranks, resume=resume)
         self.record = Record()
         self.begun: deque[Begun] = deque()  # steps that are written and asked about, but not learned yet
+        self._states: Sequence[Mapping[str, Any]] = ()  # of the steps that were begun when the checkpoint was written
 
     async def run(self) -> dict[str, Any]:
         """See `Run.train`."""
@@ -46,8 +48,9 @@ class Training:
                 folder.check_budget()
             await check_teacher(parts, teacher)
             folder.begin()
-            self.record = record = folder.restore(parts.policy, parts.trainer, parts.method)
-            parts.kept = {one["step"]: one["rollouts"] for one in record.begun}
+            self.record = record = folder.restore(parts.policy, parts.trainer, self)
+            steps = zip(record.begun, self._states, strict=False)
+            parts.kept = {one["step"]: Kept(one["rollouts"], state) for one, state in steps}
             await parts.lane.run(parts.push)
             folder.write_manifest(teacher.fingerprint, parts.policy, getattr(teacher, "probe", None))
             if record.before is None and parts.heldout:
@@ -127,7 +130,16 @@ class Training:
         self._checkpoint(self.record)
 
     def _checkpoint(self, record: Record) -> None:
-        self.folder.checkpoint(record, self.parts.policy, self.parts.trainer, self.parts.method)
+        self.folder.checkpoint(record, self.parts.policy, self.parts.trainer, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state, and those that the begun steps began with."""
+        return {"now": self.parts.method.state_dict(), "begun": [begun.state for begun in self.begun]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.parts.method.load_state_dict(state["now"])
+        self._states = state["begun"]
 
     def _measures_at(self, step: int) -> bool:
         every = self.config.eval.every

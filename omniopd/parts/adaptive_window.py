@@ -79,7 +79,6 @@ class AdaptiveWindow(Part):
         "horizon": "both own the length of rollouts; leave one out",
         "kl_stop": "it would cut the probe, which has to be whole; leave one out",
         "teachability": "it would mask the probe, which has to be whole; leave one out",
-        "correctness_router": "rollouts that are cut have no answer to verify; leave one out",
     }
 
     def __init__(self, config: AdaptiveWindowSettings, objective: Objective, text: StudentText, seed: int) -> None:

@@ -76,11 +76,12 @@ class FDivergence(Part):
             )
         if config.uncentred:
             self.needs = self.needs | {"fresh"}
-            others = [PARTS.get(part.name) for part in objective.parts if not getattr(part, "neutral", False)]
-            if any(part.place in SELECTING or "blend" in part.writes for part in others):
+            others = [part.name for part in objective.parts if not getattr(part, "neutral", False)]
+            kinds = {name: PARTS.get(name) for name in others}
+            if bent := [name for name, one in kinds.items() if one.place in SELECTING or "blend" in one.writes]:
                 raise ConfigError(
                     "method.parts: the constant of an uncentred 'f_divergence' averages out over all tokens that the student "
-                    "sampled only, and another part leaves out or weighs some; set f_divergence.center=true"
+                    f"sampled only, and '{bent[0]}' leaves out or weighs some; set f_divergence.center=true"
                 )
 
     def apply(self, draft: Draft) -> None:

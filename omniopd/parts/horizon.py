@@ -63,7 +63,6 @@ class Horizon(Part):
     refuses: ClassVar = {
         "adaptive_window": "both own the length of rollouts; leave one out",
         "lookahead": "what it adds is for long rollouts, and it is off below a length; leave one out",
-        "correctness_router": "rollouts that are cut have no answer to verify; leave one out",
     }
     warns: ClassVar = {
         "fork_guidance": "the teacher's continuations may go beyond the horizon",

@@ -9,6 +9,7 @@ learn from the teacher are filtered.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -49,4 +50,4 @@ class TrajectoryFilter(Part):
         scores = torch.stack([nats(draft.scores[row].logprobs).nanmean() for row in rows])
         threshold = float(scores.quantile(self.config.drop))  # linear interpolation, as numpy's
         draft.drop([row for row, a in zip(rows, scores.tolist(), strict=True) if not a >= threshold])
-        draft.note(filter_threshold=threshold)
+        draft.note(filter_threshold=threshold if math.isfinite(threshold) else None)

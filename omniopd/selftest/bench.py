@@ -15,9 +15,11 @@ from omniopd.method import Method
 from omniopd.prompt_check import Compared
 from omniopd.run import Run
 from omniopd.selftest import mirror
+from omniopd.selftest.rehearsal import rehearsed
 from omniopd.types import Evidence, Query, Rollout, ScoreQuery, Signal, TokenScores
 from students.batches import micro_batches
 from students.packing import build_rows
+from students.view import StudentView
 
 SHORT = 48  # tokens of the rollouts that trial updates are made with
 ENTRIES = 512  # of each tensor's gradient that are compared
@@ -86,16 +88,26 @@ class Bench:
         """The share of an update that rounding may change."""
         return 1e-3 if self.run.config.student.compute_dtype == "float32" else 5e-2
 
-    def evidence(
+    @property
+    def bare(self) -> Method:
+        """The method without its parts."""
+        return getattr(self.method, "base", self.method)
+
+    def asked(
         self, change: Callable[[TokenScores], TokenScores] = unchanged, method: Method | None = None
-    ) -> list[Evidence]:
-        """What the student would say as the teacher of the short rollouts, or that teacher changed."""
-        queries = (method or self.method).audit(self.short, 1)
-        return mirror.evidence(self.run.policy, self.short, queries, change)
+    ) -> tuple[list[Rollout], list[Evidence]]:
+        """The short rollouts with what is measured of them, and what the student would say of them as the teacher, or that
+        teacher changed."""
+        policy = self.run.policy
+
+        def answer(queries: Sequence[Query]) -> list[Evidence]:
+            return mirror.evidence(policy, self.short, queries, change)
+
+        return rehearsed(method or self.method, self.short, answer, StudentView(policy, self.short))
 
     def read(self, change: Callable[[TokenScores], TokenScores] = unchanged, method: Method | None = None) -> Signal:
         """What a method, the run's own unless one is given, makes of that."""
-        return (method or self.method).read(self.short, self.evidence(change, method), 1)
+        return (method or self.method).read(*self.asked(change, method), 1)
 
     def read_live(self) -> Signal:
         """What the method makes of the teacher's own evidence."""

@@ -19,7 +19,7 @@ from omniopd.selftest import mirror
 from omniopd.selftest.bench import Bench, unchanged
 from omniopd.selftest.dense import dense_update
 from omniopd.selftest.landing import landing
-from omniopd.types import Evidence, Rollout, TokenScores
+from omniopd.types import Evidence, Rollout, TokenScores, asked_by
 from students.batches import Batch, tensors
 from students.packing import build_rows
 
@@ -84,12 +84,15 @@ def self_teacher(bench: Bench) -> Seen:
 
 
 def _forms(bench: Bench) -> Iterator[tuple[str, Method]]:
-    """The run's method, and the forms of plain distillation that it is not, under the same objective."""
+    """The run's method, and the forms of plain distillation that it is not, under the same objective.
+
+    Without its parts: some of them (likelihood of right answers, say) move a student that agrees with its teacher.
+    """
     own = bench.run.config.method
-    yield f"this {own.name}", bench.method
+    yield f"this {own.name}{'' if bench.bare is bench.method else ' without its parts'}", bench.bare
     for form in FORMS:
         config = METHODS.get("opd").Config.model_validate({**form, "anchor": own.anchor, "reduction": own.reduction})
-        if config.model_dump() != own.model_dump():
+        if config.model_dump() != {**own.model_dump(), "parts": []}:
             name = " ".join(["opd", form["form"], *(["top-k"] if "k" in form else [])])
             yield name, METHODS.build(config, bench.run.policy, bench.run.config.seed)
 
@@ -126,13 +129,13 @@ def positions(bench: Bench) -> Seen:
     if not bench.scored:
         return Seen(None, TEXT_ONLY)
     head = bench.run.policy.causal_lm.get_output_embeddings().weight
-    made_up = bench.evidence(lambda scores: mirror.canary(scores, head))
+    _, made_up = bench.asked(lambda scores: mirror.canary(scores, head), bench.bare)
     parts: dict[str, tuple[Sequence[Rollout], Sequence[Evidence]]] = {"the student's tokens": (bench.short, made_up)}
     if bench.first and "aligned_share" in bench.read_live().stats:
         parts["the teacher's tokens"] = (bench.rollouts, bench.first)
     found, passed = [], True
     for whose, (rollouts, evidence) in parts.items():
-        landed, astray = landing(bench.method, rollouts, evidence, head)
+        landed, astray = landing(bench.bare, rollouts, asked_by(evidence), head)
         passed &= landed > 0 and not astray
         found.append(f"{landed} of {landed + astray} in {whose} land on their own")
     return Seen(passed, "; ".join(found))
