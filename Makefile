@@ -15,7 +15,7 @@ COMPARE ?=
 # the commit beside which `make bench-quickstart_time` runs this tree
 BEFORE ?= 66afc18
 
-.PHONY: install quickstart test contract lint fix demo-models results bench $(BENCHES:%=bench-%) bench-gpu browser
+.PHONY: install quickstart test contract lint fix docs demo-models results bench $(BENCHES:%=bench-%) bench-gpu browser
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m omniopd.catalogue --check
+
+docs: install  ## docs/methods/ from the code
+	$(BIN)/python -m omniopd.catalogue
 
 fix: install
 	$(BIN)/ruff check --fix .

@@ -77,6 +77,43 @@ def paired_difference(
     return Difference(mean, min(low, mean), max(high, mean))
 
 
+def pooled_difference(
+    before: Sequence[Sequence[bool]],
+    after: Sequence[Sequence[bool]],
+    seed: int,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """The difference after - before over several seeds, each a pair of runs measured on the same prompts in the same order.
+
+    Seeds and prompts are resampled with replacement, independently of each other: whole rows and whole columns of the
+    changes (Owen's pigeonhole bootstrap, which for such crossed effects errs on the wide side). A prompt that one seed
+    wins is no new prompt for the next, so that three seeds of 300 prompts do not count as 900. A single seed is
+    `paired_difference`.
+
+    Args:
+        before, after: [S][n], by seed and prompt.
+
+    Raises:
+        DataError: there are no answers, or not equally many.
+    """
+    sizes = {len(answers) for answers in [*before, *after]}
+    if len(before) != len(after) or len(sizes) != 1 or sizes == {0}:
+        raise DataError("comparison: the seeds were not measured on the same prompts; measure all on the same")
+    if len(before) == 1:
+        return paired_difference(before[0], after[0], seed, level, resamples)
+    change = np.asarray(after, dtype=int) - np.asarray(before, dtype=int)  # [S, n]
+    (seeds, n), by_prompt, mean = change.shape, change.sum(0), float(change.mean())
+    if n - np.unique(by_prompt, return_counts=True)[1].max() < _FEW:
+        low, high = _bonett_price(int((by_prompt < 0).sum()), int((by_prompt > 0).sum()), n, level)
+    else:
+        rng = _rng("pooled difference", seed)
+        of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # [R, S]
+        of_prompts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # [R, n]
+        low, high = _percentiles(((of_seeds @ change) * of_prompts).sum(1) / (seeds * n), level)
+    return Difference(mean, min(low, mean), max(high, mean))
+
+
 def _wilson(right: int, n: int, level: float) -> tuple[float, float]:
     """Wilson (1927): (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
     z, p = _z(level), right / n

@@ -108,6 +108,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="the run's folder")
     controls = command("controls", _controls, "Run the placebos: shuffled, constant, teacher-is-the-student.")
     controls.add_argument("--seeds", type=int, default=1, help="runs of each (default 1)")
+    comparing = command("compare", _compare, "Run several methods under several seeds, and compare what they come to.")
+    comparing.add_argument(
+        "--methods",
+        required=True,
+        help="a YAML file of methods, or names and blocks: opd,'{name: fire}'; the first is the baseline",
+    )
+    comparing.add_argument("--seeds", type=int, default=3, help="runs of each, from the config's seed on (default 3)")
+    comparing.add_argument(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="shuffled and length-matched runs too (default)",
+    )
+    comparing.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
+    methods = command("methods", _methods, "Show the methods and their parts, or one of them.", config=False)
+    methods.add_argument("name", nargs="?", help="a method or a part")
     serve = command("serve", _serve, "Serve a model folder as a text-only teacher (OpenAI chat shape).", config=False)
     serve.add_argument("model", help="model folder or hub id")
     serve.add_argument("--host", default="127.0.0.1")
@@ -285,6 +301,35 @@ def _controls(arguments: argparse.Namespace) -> None:
             row["control"], str(row["seed"]), share(row["before"]), share(row["after"]), gain(row["difference"])
         )
     Console().print(table)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from omniopd.compare import compare
+    from omniopd.compare.table import print_comparison
+    from omniopd.progress import Progress
+
+    found = compare(
+        arguments.config,
+        arguments.overrides,
+        arguments.methods,
+        seeds=arguments.seeds,
+        controls=arguments.controls,
+        workers=arguments.workers,
+        progress=Progress(),
+    )
+    print_comparison(found)
+    print(f"page: {Path(found['output']) / 'compare.html'}")
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from omniopd.catalogue import entries, entry
+    from omniopd.catalogue.tables import print_entry, print_methods
+
+    if arguments.name is None:
+        print_methods(entries("method"), entries("part"))
+        return
+    one = entry(arguments.name)
+    print_entry(one, [entry(part["name"]) for part in one.parts])
 
 
 def _serve(arguments: argparse.Namespace) -> None:

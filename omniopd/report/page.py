@@ -28,23 +28,31 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RunError: the folder or its metrics.jsonl is missing, or a file can't be read or written.
     """
-    html = render(read_run(Path(run_dir)))
     path = Path(run_dir) / "report.html"
+    put(path, render(read_run(Path(run_dir))))
+    return path
+
+
+def put(path: Path, html: str) -> None:
+    """Write a page whole, so that a reader never sees half of it.
+
+    Raises:
+        RunError: it can't be written.
+    """
     draft = path.with_suffix(".html.tmp")
     try:
         draft.write_bytes(html.encode("utf-8", errors="replace"))
-        os.replace(draft, path)  # a reader never sees half a page
+        os.replace(draft, path)
     except OSError as error:
         raise RunError(f"{path}: can't be written ({error.strerror})") from error
-    return path
 
 
 def render(run: RunFolder) -> str:
     """The page as text. The same folder always gives the same page."""
-    style, script = _resource("style.css"), _resource("viewer.js")
+    style, script = resource("style.css"), resource("viewer.js")
     evals, way = evaluations(run.summary), course(run.summary, run.metrics)
-    return Template(_resource("page.html")).substitute(
-        csp=_policy(style, script),
+    return Template(resource("page.html")).substitute(
+        csp=policy(style, script),
         style=style,
         script=script,
         name=escape(run.name),
@@ -61,15 +69,16 @@ def render(run: RunFolder) -> str:
     )
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file of this package."""
     return (files("omniopd.report") / name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
+def policy(style: str, script: str = "") -> str:
     """Content security policy: our own style and script by their hash, nothing else, nothing from anywhere."""
+    scripts = f"script-src '{_hash(script)}'; " if script else ""
     return (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src '{_hash(style)}'; {scripts}img-src data:; base-uri 'none'; form-action 'none'"
     )
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from evals.intervals import Difference, bootstrap_interval, paired_difference
+from evals.intervals import Difference, bootstrap_interval, paired_difference, pooled_difference
 from omniopd.errors import DataError
 
 
@@ -90,3 +90,52 @@ def test_difference_coverage(lost: float, won: float, n: int) -> None:
         change: Difference = paired_difference(list(kinds == -1), list(kinds == 1), trial, resamples=1000)
         hits += change.low <= won - lost <= change.high
     assert hits / 400 >= 0.91
+
+
+def test_one_seed_is_the_paired_difference() -> None:
+    before, after = _answers(250, 500), _answers(275, 500)
+    assert pooled_difference([before], [after], 3) == paired_difference(before, after, 3)
+
+
+def test_seeds_that_repeat_each_other_do_not_count_as_new_prompts() -> None:
+    rng = np.random.default_rng(0)
+    before, after = (list(rng.random(300) < share) for share in (0.5, 0.6))
+    one = paired_difference(before, after, 0)
+    three = pooled_difference([before] * 3, [after] * 3, 0)
+    assert three.mean == pytest.approx(one.mean)
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+def test_seeds_that_differ_make_the_interval_wider() -> None:
+    rng = np.random.default_rng(1)
+    before = [list(rng.random(300) < 0.5) for _ in range(3)]
+    alike = [list(rng.random(300) < 0.6) for _ in range(3)]
+    apart = [list(rng.random(300) < share) for share in (0.4, 0.6, 0.8)]
+    narrow, wide = (pooled_difference(before, after, 0) for after in (alike, apart))
+    assert wide.mean == pytest.approx(narrow.mean, abs=0.05)
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+
+
+def test_the_pooled_interval_is_the_plain_bootstrap_of_seeds_and_prompts() -> None:
+    rng = np.random.default_rng(2)
+    before, after = (rng.random((3, 80)) < share for share in (0.5, 0.65))
+    change = after.astype(int) - before.astype(int)
+    seeds, prompts = rng.integers(0, 3, (20_000, 3)), rng.integers(0, 80, (20_000, 80))
+    plain = np.quantile([change[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)], [0.025, 0.975])
+    found = pooled_difference(before.tolist(), after.tolist(), 0, resamples=20_000)
+    assert (found.low, found.high) == pytest.approx(tuple(plain), abs=0.006)
+
+
+def test_pooled_seeds_of_which_hardly_a_prompt_changed_are_no_point() -> None:
+    same = [_answers(50, 100)] * 3
+    found = pooled_difference(same, same, 0)
+    assert found.mean == 0 and found.low < -0.005 and found.high > 0.005
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([[True]], [[True, False]]), ([[True]], []), ([[]], [[]]), ([[True], [True, True]], [[True]] * 2)],
+)
+def test_seeds_of_other_prompts_are_refused(before: list[list[bool]], after: list[list[bool]]) -> None:
+    with pytest.raises(DataError, match="measure all on the same"):
+        pooled_difference(before, after, 0)
