@@ -120,6 +120,11 @@ class Composed(Method):
         return [*self.base.again(rollouts, asked_by(evidence), step), *further]
 
     @property
+    def asks_again(self) -> bool:
+        """See `Method`."""
+        return self.base.asks_again or any(type(part).again is not Part.again for part in self.parts)
+
+    @property
     def measures(self) -> bool:
         """See `Method`."""
         return self.base.measures or any(type(part).measure is not Part.measure for part in self.parts)

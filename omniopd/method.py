@@ -148,6 +148,11 @@ class Method:
     # ------------------------------------------------------------------ reading
 
     @property
+    def asks_again(self) -> bool:
+        """Whether it may ask more than `before` and `ask` say."""
+        return type(self).again is not Method.again
+
+    @property
     def measures(self) -> bool:
         """Whether there is anything to `measure`, for which the student's weights must be whole."""
         return type(self).measure is not Method.measure

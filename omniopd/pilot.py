@@ -14,6 +14,7 @@ from typing import Any
 from omniopd.run import Run
 from omniopd.types import AnswerQuery, Query, ScoreQuery, Usage
 from teachers.asks import Manner, digest
+from teachers.judged import judged
 from teachers.ladder import Rung
 
 ROLLOUTS, QUERIES = 16, 64  # of a pilot: rollouts are added until both are reached, or the step is at its end
@@ -62,17 +63,21 @@ def run_digest(run: Run) -> str:
     config = run.config
     parts = {name: getattr(config, name).model_dump(mode="json") for name in ("method", "student", "task")}
     teacher = {name: getattr(config.teacher, name, None) for name in ("n", "thinking_tokens")}
-    return digest([parts, teacher, config.seed, config.train.prompts_per_step])[:16]
+    size = [config.train.prompts_per_step, config.train.rollouts_per_prompt]
+    return digest([parts, teacher, config.seed, *size])[:16]
 
 
 def queries_of(run: Run, step: int, rollouts: int | None = None) -> list[Query]:
     """What a step asks about its first rollouts (None: all) if its student is still the untrained one.
 
-    Of the whole of step 1 these are the very queries of the run.
+    Of the whole of step 1 these are the very queries of the run, as far as they go to the teacher: what a judge of its own
+    is asked is left out, and what is asked again depends on the replies.
     """
     prompts = run.prompts(step)[:rollouts]
     written = run.sampler.sample(prompts, step) if run.method.on_policy else run.sampler.unwritten(prompts)
-    return run.method.audit(written, step)
+    queries = [*run.method.before(dict(enumerate(prompts)), step), *run.method.audit(written, step)]
+    own = [query for query in queries if run.config.judge is None or not judged(query)]
+    return sorted(own, key=lambda query: query.row)
 
 
 def pilot_queries(run: Run) -> list[Query]:

@@ -77,7 +77,8 @@ def forecast(run: Run, record: Mapping[str, Any] | None = None) -> Forecast:
 
 def sampled(run: Run) -> tuple[list[Query], float]:
     """Queries of steps spread over the run, and how many times as many the whole run has."""
-    steps, size = run.config.train.steps, run.config.train.prompts_per_step
+    train = run.config.train
+    steps, size = train.steps, train.prompts_per_step * train.rollouts_per_prompt
     rollouts = min(size, SAMPLED)
     count = min(steps, max(1, (SAMPLED if run.method.on_policy else UNWRITTEN) // size))
     picked = [1 + i * steps // count for i in range(count)]
@@ -161,6 +162,7 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
             f"{config.student.path}, {'LoRA' if config.student.lora else 'full fine-tuning'}, {config.student.dtype}",
         ),
         ("teacher", f"{config.teacher.type}: {getattr(config.teacher, 'model', '')}"),
+        *_judging(run),
         ("method", f"{method.name}, anchor beta {method.anchor.beta:g}, {method.reduction}"),
         ("signal", run.signal),
         ("data", f"{len(run.task.train)} training prompts, {len(run.heldout)} held-out problems to measure with"),
@@ -174,6 +176,14 @@ def describe(run: Run) -> Sequence[tuple[str, str]]:
         ("output", str(config.output)),
         *(("caution", caution) for caution in run.cautions()),
     ]
+
+
+def _judging(run: Run) -> list[tuple[str, str]]:
+    """The row about a judge of its own, if it is asked anything."""
+    judge = run.config.judge
+    if judge is None or "judge" not in run.method.needs:
+        return []
+    return [("judge", f"{judge.type}: {getattr(judge, 'model', '')}; what it is asked is not in the forecast")]
 
 
 def _asked(run: Run) -> list[tuple[str, str]]:
@@ -190,6 +200,8 @@ def _asked(run: Run) -> list[tuple[str, str]]:
             f"{ahead.most.completion_tokens:,} out",
         ),
     ]
+    if run.method.asks_again:
+        rows.append(("asked again", "not in the forecast: the method asks more once it has the first replies"))
     if config.eval.teacher:
         measuring = teacher_eval(run)
         rows.append(

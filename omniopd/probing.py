@@ -28,6 +28,7 @@ from omniopd.types import Continuations, ContinueQuery, Query, ScoreQuery, Teach
 from teachers.backend import estimate_tokens
 from teachers.client import ApiTeacher
 from teachers.findings import Record, disproved
+from teachers.judged import JudgedTeacher
 from teachers.ladder import Rung
 from teachers.probe import FRAME, at_most, probe, questions
 
@@ -101,6 +102,7 @@ def the_teacher(teacher: Teacher) -> ApiTeacher:
     Raises:
         ConfigError: it is a recording, or several.
     """
+    teacher = teacher.teacher if isinstance(teacher, JudgedTeacher) else teacher
     if not isinstance(teacher, ApiTeacher):
         raise ConfigError("teacher.type: only a single live teacher can be probed; name one of them in teacher")
     return teacher

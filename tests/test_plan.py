@@ -125,6 +125,15 @@ def test_a_method_whose_student_writes_nothing_is_counted_whole(make: Make) -> N
     assert {type(query) for query in queries} == {AnswerQuery}
 
 
+def test_what_is_asked_before_the_student_writes_is_counted(make: Make) -> None:
+    run = make("method={name: soda, answers: 3, answer_tokens: 50}", "train.rollouts_per_prompt=2")
+    asked = run.method.before(dict(enumerate(run.prompts(1))), 1)
+    assert queries_of(run, 1) == asked and [(query.row, query.n) for query in asked] == [
+        (row, 3) for row in (0, 2, 4, 6)
+    ]
+    assert forecast(run).most.completion_tokens == 10 * 4 * 3 * 50
+
+
 def test_rollouts_are_sampled_all_over_the_run(make: Make) -> None:
     run = make("train.steps=100")
     queries, scale = sampled(run)
@@ -366,3 +375,17 @@ def test_a_method_says_what_it_learns_from(make: Make, method: str, words: str) 
 
 def test_scores_are_a_call_for_each_response(make: Make) -> None:
     assert row(make("method={name: opd}"), "teacher calls") == "40"  # 10 steps of 4 responses
+
+
+def test_what_a_judge_is_asked_is_told_apart(make: Make) -> None:
+    grouped = ("method={name: ovd}", "train.rollouts_per_prompt=2")
+    alone = make(*grouped)
+    assert all(isinstance(query, AnswerQuery) and query.judge for query in queries_of(alone, 1))
+    assert forecast(alone).expected.calls == 10 * 8
+    rows = dict(plan.describe(alone))
+    assert "judge" not in rows and rows["asked again"].startswith("not in the forecast")
+    beside = make(*grouped, "judge={type: scripted, rule: arithmetic}")
+    assert queries_of(beside, 1) == [] and forecast(beside).expected.calls == 0
+    assert dict(plan.describe(beside))["judge"] == "scripted: arithmetic; what it is asked is not in the forecast"
+    unasked = dict(plan.describe(make("judge={type: scripted, rule: arithmetic}")))
+    assert "judge" not in unasked and "asked again" not in unasked
