@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "omniopd/judging.py": SHARED,
     "omniopd/part.py": SHARED | {"omniopd.draft", "omniopd.method", "omniopd.objective"},
     "omniopd/draft.py": SHARED,
+    "omniopd/segments.py": SHARED | {"omniopd.method"},
     "omniopd/parts/": SHARED
     | {
         "omniopd.part",
@@ -77,6 +78,7 @@ MAY_IMPORT = {
         "omniopd.rocks",
         "omniopd.sampling",
         "omniopd.scored",
+        "omniopd.segments",
         "omniopd.losses",
         "omniopd.targets",
         "omniopd.optimal_transport",

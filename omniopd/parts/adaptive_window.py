@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from omniopd.draft import Draft
 from omniopd.errors import ConfigError
@@ -32,6 +30,7 @@ from omniopd.method import Gradients, StudentText
 from omniopd.objective import Objective
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import PARTS
+from omniopd.segments import null_cosine, prefix_cosines, segment_gram
 from omniopd.types import Evidence, Prompt, Rollout, Signal, Writing
 
 TOLERANCE = 1e-9  # of the cosine: rounding must not decide a tie
@@ -119,7 +118,8 @@ class AdaptiveWindow(Part):
         edges = [edge for edge in self.config.candidates if edge < max(lengths, default=0)]
         if not edges:  # nothing to be cut by any window
             return {}
-        cosines = prefix_cosines(self._gram(rollouts, base, rows, edges, gradients))
+        gram = segment_gram(gradients, rollouts, base, rows, edges, split=self.config.split_half)
+        cosines = prefix_cosines(gram)
         if cosines is None:
             return {"window_zero_gradient": 1.0}
         self._choose(step, edges, cosines.tolist())
@@ -153,65 +153,3 @@ class AdaptiveWindow(Part):
         window = fit[0] if fit else self._length(self.config.fallback)
         if window != self.windows[-1][1]:
             self.windows.append((step, window))
-
-    def _gram(
-        self,
-        rollouts: Sequence[Rollout],
-        base: Signal,
-        rows: Sequence[int],
-        edges: Sequence[int],
-        gradients: Gradients,
-    ) -> Tensor:
-        """Inner products [K, K] of the gradients of the K segments that the edges cut the probe into."""
-        spans = list(pairwise([0, *edges, max(len(rollouts[row]) for row in rows)]))
-        probe = [rollout if row in rows else _emptied(rollout) for row, rollout in enumerate(rollouts)]
-        halves = [rows[::2], rows[1::2]] if self.config.split_half else [rows]
-        segments = [segment(base, probe, half, start, end) for half in halves for start, end in spans]
-        gram = torch.tensor(gradients.gram(probe, segments), dtype=torch.float64)
-        if not self.config.split_half:
-            return gram
-        apart = gram[: len(spans), len(spans) :]
-        return (apart + apart.T) / 2
-
-
-def segment(base: Signal, rollouts: Sequence[Rollout], rows: Sequence[int], start: int, end: int) -> Signal:
-    """The signal of the tokens [start, end) of some rollouts; the rest is 0 under the mask.
-
-    The mask is all of the probe whatever the segment: so all segments have one normaliser, and no anchor.
-    """
-    inside = []
-    for row, (rollout, mask) in enumerate(zip(rollouts, base.mask_BT, strict=True)):
-        places = torch.arange(len(rollout))
-        inside.append(mask[: len(rollout)] & (places >= start) & (places < end) & (row in rows))
-    values = [
-        value[: len(here)].where(here, torch.zeros(())) for value, here in zip(base.values_BT, inside, strict=True)
-    ]
-    targets = [target if len(here) else None for target, here in zip(base.targets, inside, strict=False)]
-    return Signal(
-        values_BT=tuple(values),
-        mask_BT=tuple(torch.ones_like(here) for here in inside),
-        targets=tuple(targets),
-        weights_BT=tuple(here.float() for here in inside) if targets else (),
-    )
-
-
-def _emptied(rollout: Rollout) -> Rollout:
-    """The rollout without its tokens, which are then not computed."""
-    return replace(rollout, ids=(), logprobs=(), entropy=(), ends=(), text="", given=0, facts={}, top=())
-
-
-def prefix_cosines(gram: Tensor) -> Tensor | None:
-    """The cosine [K] of the first j segments' gradient with that of all K, from their inner products [K, K].
-
-    0 where a prefix has no gradient; None where all together have none.
-    """
-    total, norms = gram.sum(), gram.cumsum(0).cumsum(1).diagonal()
-    if not bool(total > 0):
-        return None
-    inner = gram.sum(1).cumsum(0)
-    return torch.where(norms > 0, inner / (norms.clamp(min=0) * total).sqrt(), 0.0)
-
-
-def null_cosine(lengths: Sequence[int], window: int) -> float:
-    """What the cosine is where the gradients of tokens are independent noise of mean 0."""
-    return math.sqrt(sum(min(length, window) for length in lengths) / sum(lengths))

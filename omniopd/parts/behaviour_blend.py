@@ -45,6 +45,7 @@ class BehaviourBlend(Part):
     Config = BehaviourBlendSettings
     slots = ("sampling", "schedule")
     place = Place.SAMPLE
+    decides = False
     needs = frozenset({"decode", "same tokenizer"})
     writes = frozenset({"blend"})
     neutral: ClassVar = {"budget": 0.0}

@@ -20,9 +20,10 @@ from omniopd.composition import Composed, compose
 from omniopd.config import load_config
 from omniopd.errors import ConfigError
 from omniopd.method import Method
-from omniopd.parts.adaptive_window import AdaptiveWindow, null_cosine, prefix_cosines, segment
+from omniopd.parts.adaptive_window import AdaptiveWindow
 from omniopd.registry import METHODS
 from omniopd.run import Run
+from omniopd.segments import null_cosine, prefix_cosines
 from omniopd.settings import tagged
 from omniopd.types import Rollout, Signal
 from students.policy import Policy
@@ -81,10 +82,10 @@ class Vectors:
     """Gradients of made-up tokens: that of a signal is the sum of its values times each token's vector [P]."""
 
     def __init__(self, vectors: Callable[[int, int], Tensor]) -> None:
-        self.vectors, self.asked = vectors, 0
+        self.vectors, self.asked, self.lengths = vectors, 0, list[int]()
 
     def gram(self, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[list[float]]:
-        self.asked += 1
+        self.asked, self.lengths = self.asked + 1, [len(rollout) for rollout in rollouts]
         sums = []
         for signal in signals:
             terms = [
@@ -190,7 +191,9 @@ def test_the_shortest_good_window_is_next(student: Policy) -> None:
     def vector(row: int, t: int) -> Tensor:
         return torch.eye(3, dtype=torch.float64)[min(t // 2, 2)] * (3.0 if t < 4 else 1.0)
 
-    found = decided(student, Vectors(vector), [16, 3], SHORT)
+    vectors = Vectors(vector)
+    found = decided(student, vectors, [16, 3, 8, 8], SHORT)
+    assert vectors.lengths == [16, 3, 0, 0]  # what is no probe is not computed
     assert found["window_next"] == 4  # after 2 tokens a half of what 4 have; the tail adds little
     assert found["window_cos_2"] < RHO < found["window_cos_4"] < found["window_cos_8"]
     assert found["window_null_4"] == pytest.approx(math.sqrt(7 / 19))
@@ -269,8 +272,9 @@ def test_inner_products_are_those_of_the_prefixes_own_gradients(student: Policy,
     assert all(p.grad is None for p in trainer.trained)  # nothing is left for the next update
     prefixes = []
     for end in (2, 4, 16):
-        one = segment(base, rows, [0, 1], 0, end)
-        trainer.accumulate(rows, replace(one, mask_BT=base.mask_BT))
+        masks = [mask & (torch.arange(len(mask)) < (end if row < 2 else 0)) for row, mask in enumerate(base.mask_BT)]
+        values = [value * mask for value, mask in zip(base.values_BT, masks, strict=True)]
+        trainer.accumulate(rows, replace(base, values_BT=tuple(values), mask_BT=tuple(masks)))
         prefixes.append(torch.cat([p.grad.double().flatten() for p in trainer.trained if p.grad is not None]))
     for prefix, end in zip(prefixes, (2, 4), strict=False):
         expected = float(prefix @ prefixes[-1] / (prefix.norm() * prefixes[-1].norm()))
