@@ -133,6 +133,7 @@ def test_contexts_that_are_nothing_are_like_nothing() -> None:
     assert recurring(torch.zeros(4, 3), 0.8, 0.3) == 0
     assert recurring(torch.ones(1, 3), 0.8, 0.3) == recurring(torch.zeros(0, 3), 0.8, 0.3) == 0
     assert recurring(torch.ones(4, 3), 0.8, 0.3) == 4
+    assert recurring(torch.eye(3)[[0, 0, 1]], 0.8, 0.5) == 2  # each of the two has one alike among two others
 
 
 def test_a_context_is_the_mean_of_the_tokens_around() -> None:

@@ -179,8 +179,8 @@ def test_each_rollout_keeps_its_best_token_beyond_the_budget() -> None:
 
 
 def test_where_all_scores_are_alike_the_first_tokens_are_kept() -> None:
-    kept, _ = most_teachable([torch.zeros(4), torch.zeros(4)], 0.5, fill=False)
-    assert [mask.tolist() for mask in kept] == [[True] * 4, [False] * 4]
+    kept, _ = most_teachable([torch.zeros(400), torch.zeros(400)], 0.5, fill=False)
+    assert [mask.tolist() for mask in kept] == [[True] * 400, [False] * 400]
 
 
 def test_shares_are_told_from_the_rollouts_beginning_to_its_end() -> None:
@@ -277,6 +277,7 @@ def test_what_is_measured_is_that_of_both_models(student: Policy, teacher: Polic
             one.model(input_ids=whole).logits[0].softmax(-1)[len(rows[0].prompt_ids) - 1 : -1]
             for one in (student, teacher)
         )
+    assert all(number == round(number, 6) for name in (D, C) for number in facts[name])  # noise decides no tie
     for t in range(9):
         own, theirs = (set(side[t].topk(4).indices.tolist()) for side in (p, q))
         union = sorted(own | theirs)
