@@ -19,8 +19,10 @@ Reduction = Literal["term_mean", "sum_seqmean", "token_mean"]
 class Anchor(Settings):
     """`beta * KL(initial student || student)`, exact over the vocabulary, on the response tokens named by `where`."""
 
-    beta: float = Field(default=0.1, ge=0)
-    where: Literal["unaudited", "all"] = "unaudited"
+    beta: float = Field(default=0.1, ge=0, description="weight of the term")
+    where: Literal["unaudited", "all"] = Field(
+        default="unaudited", description="tokens that the teacher did not speak about, or all of the response"
+    )
     allow_none: bool = Field(default=False, description="say so if beta=0 is what you want")
 
     @model_validator(mode="after")

@@ -50,7 +50,9 @@ def print_entry(one: Entry, parts: Sequence[Entry]) -> None:
             console.print(f"{name}: {escape(value)}", highlight=False, soft_wrap=True)
     console.print(_options(f"options of {one.name}", one.options))
     for part in parts:
-        console.print(_options(f"options of its part {part.name}: {part.title}", part.options))
+        console.print(f"\n[bold]{escape(part.name)}[/bold], its part: {escape(part.title)}")
+        console.print(f"\n{escape(part.text)}\n", highlight=False, soft_wrap=True)
+        console.print(_options(f"options of {part.name}", part.options))
 
 
 def _options(title: str, options: Sequence[Option]) -> Table:

@@ -33,7 +33,9 @@ class OpdConfig(ScoredObjective):
     """Which form, and how the difference between teacher and student is measured."""
 
     name: Literal["opd"] = "opd"
-    form: Literal["sampled", "dense"] = "sampled"
+    form: Literal["sampled", "dense"] = Field(
+        default="sampled", description="sampled: an advantage for each token written; dense: a divergence at its place"
+    )
     estimator: Literal["k1", "k2", "k3"] = Field(
         default="k1",
         description="sampled: k1 log(p/q), k2 0.5 log(p/q)^2 (k1's gradient), k3 q/p - 1 - log(q/p) (the forward KL's)",

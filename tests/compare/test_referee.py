@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from omniopd.cli import main
 from omniopd.compare import compare
 from omniopd.compare.panels import mean_curve
 from omniopd.compare.results import gain_per_million, pooled
-from omniopd.compare.runs import misfit, read
+from omniopd.compare.runs import misfit, read, run
 from omniopd.compare.variants import config_of, read_variants
 from omniopd.config import RunConfig, load_config
 from omniopd.errors import ConfigError
@@ -45,7 +46,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Runs that leave their folder at once; those that were started: method, control, seed."""
     started: list[tuple[str, str, int]] = []
 
-    def run(config: RunConfig) -> str:
+    def fake(config: RunConfig) -> str:
         if read(config)["status"] == "finished":
             return ""
         parts = [part.name for part in config.method.parts]
@@ -56,7 +57,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
         leave(config.output, answers(config), learned=60 if config.method.name == "fire" else 80)
         return ""
 
-    monkeypatch.setattr(referee, "run", run)
+    monkeypatch.setattr(referee, "run", fake)
     return started
 
 
@@ -210,6 +211,28 @@ def test_a_misfit_is_told_without_loading_weights(monkeypatch: pytest.MonkeyPatc
     opd, omniopd = (config_of(base, one, 0, tmp_path) for one in read_variants("opd,{name: omniopd, chunk_tokens: 6}"))
     assert "needs same tokenizer and score" in misfit(opd)
     assert misfit(omniopd) == ""
+
+
+def test_what_was_begun_is_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def began(command: list[str], **settings: Any) -> Any:
+        commands.append(command)
+        return CompletedProcess(
+            command, 2, "", "note\nomniopd: the disk is full; mend that, then continue with --resume\n"
+        )
+
+    monkeypatch.setattr("omniopd.compare.runs.subprocess.run", began)
+    (opd,) = read_variants("opd")
+    config = config_of(load_config(SOURCE), opd, 0, tmp_path / "opd" / "seed-0")
+    assert run(config) == "the disk is full; mend that, then continue with --resume"
+    leave(config.output, [True] * 40, status="interrupted")
+    run(config)
+    assert [command[-1] for command in commands] == [str(tmp_path / "opd" / "seed-0.yaml"), "--resume"]
+    assert load_config(tmp_path / "opd" / "seed-0.yaml") == config
+    leave(config.output, [True] * 40)
+    assert run(config) == ""
+    assert len(commands) == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""The page of a comparison in a real browser: quiet, fitting, its panels on one scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from omniopd.compare.page import write_page
+from tests.browser.sample_run import HOSTILE
+from tests.browser.test_report_page import CHROMIUM, DRIVER, browser, find, requested, visit
+
+__all__ = ["browser"]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed"),
+]
+
+
+def variant(label: str, gain: float, control: str = "", of: str = "", cost: float = 1e5) -> dict[str, Any]:
+    course = [
+        {
+            "step": step,
+            "accuracy": 0.5 + gain * step / 40,
+            "n": 300,
+            "teacher_read": cost * step / 40,
+            "teacher_written": 0.0,
+        }
+        for step in (0, 10, 20, 30, 40)
+    ]
+    spent = {
+        "seconds": 93.0,
+        "student_tokens": 35_000.0,
+        "trained_tokens": 28_000.0,
+        "teacher_read": cost,
+        "teacher_written": 0.0,
+    }
+    each = {"status": "finished", "course": course, "correct": {"before": "10" * 150, "after": "1" * 180 + "0" * 120}}
+    found = {"mean": gain, "low": gain - 0.03, "high": gain + 0.03, "each": [gain] * 3, "problems": 300}
+    return {
+        "label": label, "control": control, "of": of, "settings": {"method": {"name": "opd"}}, "refused": "",
+        "finished": 3, "before": 0.5, "after": 0.5 + gain, "spent": spent, "against": found, "over_control": None,
+        "runs": [{"seed": seed, **each} for seed in range(3)],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    refused = {**variant(f"refused {HOSTILE}", 0.0), "refused": HOSTILE, "finished": 0, "runs": [], "against": None}
+    found = {
+        "config": f"compare.yaml {HOSTILE}", "output": "out", "seeds": [0, 1, 2], "baseline": "opd", "steps": 40,
+        "problems": 300, "on_the_way": 150, "whole": True,
+        "variants": [
+            {**variant("opd", 0.1), "against": None},
+            variant("fire", 0.2, cost=3e5),
+            variant("fire (shuffled)", 0.12, "shuffled", "fire"),
+            variant("fire (length)", 0.05, "length", "fire"),
+            variant(HOSTILE, -0.1),
+            refused,
+        ],
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("compare") / "compare.html"
+    write_page(found, path)
+    return path.as_uri()
+
+
+def test_loads_without_errors_or_requests(browser: Any, page: str) -> None:
+    visit(browser, page)
+    assert browser.get_log("browser") == []
+    assert [found for found in requested(browser) if not found.startswith("data:")] == [page]
+    assert browser.title != "owned"
+    assert len(find(browser, "tbody tr")) == 6
+    assert len(find(browser, "figure")) == 4  # two methods, by steps and by the teacher's tokens
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_no_sideways_scrolling(browser: Any, page: str, width: int) -> None:
+    visit(browser, page, width=width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_panels_have_one_scale_and_the_baseline_in_each(browser: Any, page: str) -> None:
+    visit(browser, page)
+    ticks = [[tick.text for tick in panel.find_elements("css selector", ".tick")] for panel in find(browser, "figure")]
+    assert ticks[0] == ticks[1]
+    assert ticks[2] == ticks[3]
+    assert ticks[0] != ticks[2]
+    lines = [
+        [one.get_attribute("points") for one in panel.find_elements("css selector", ".mean.base")]
+        for panel in find(browser, "figure")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 1
