@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from omniopd.types import Branch, Rollout, Signal
+from omniopd.types import Branch, Prompt, Rollout, Signal
 
 Deviation = Literal["population", "sample"]
 Compare = Callable[[Sequence[float]], list[float]]
@@ -45,11 +45,11 @@ def normaliser(deviation: Deviation) -> Compare:
     return partial(normalised, deviation=deviation)
 
 
-def by_prompt(rollouts: Mapping[int, Rollout]) -> dict[str, list[int]]:
+def by_prompt(rows: Mapping[int, Rollout | Prompt]) -> dict[str, list[int]]:
     """Rows by the id of their prompt, both in the order of the step."""
     found: dict[str, list[int]] = {}
-    for row in sorted(rollouts):
-        found.setdefault(rollouts[row].prompt.id, []).append(row)
+    for row, one in sorted(rows.items(), key=lambda item: item[0]):
+        found.setdefault(one.prompt.id if isinstance(one, Rollout) else one.id, []).append(row)
     return found
 
 

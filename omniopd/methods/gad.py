@@ -36,6 +36,7 @@ from omniopd.registry import METHODS
 from omniopd.sampling import named_seed
 from omniopd.types import AnswerQuery, Answers, Branch, Evidence, Prompt, Query, Rollout, Signal
 
+Text = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 REWARD = "gad_reward"  # D of the whole rollout, at each of its tokens
 
 
@@ -59,7 +60,7 @@ class GadConfig(Objective):
 class Lesson:
     """What the discriminator learns from a step: texts, and the slope of its loss in D of each; and figures of that loss."""
 
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    texts: Sequence[Text]
     slopes: Sequence[float]
     figures: Mapping[str, float]
 
@@ -86,10 +87,10 @@ class Gad(Method):
 
     def before(self, prompts: Mapping[int, Prompt], step: int) -> list[Query]:
         """The teacher's answer to each prompt, the same one whenever the prompt comes."""
-        first = {prompt.id: row for row, prompt in sorted(prompts.items(), reverse=True)}
+        seeds = {id: named_seed(self.seed, "teacher", id) % 2**31 for id in by_prompt(prompts)}
         return [
-            AnswerQuery(prompts[row], row, 1, self.config.answer_tokens, named_seed(self.seed, "teacher", id) % 2**31)
-            for id, row in sorted(first.items(), key=lambda one: one[1])
+            AnswerQuery(prompts[rows[0]], rows[0], 1, self.config.answer_tokens, seeds[id])
+            for id, rows in by_prompt(prompts).items()
         ]
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
@@ -100,19 +101,26 @@ class Gad(Method):
         self, rollouts: Mapping[int, Rollout], evidence: Sequence[Evidence], student: StudentModel
     ) -> Mapping[int, Facts]:
         """D of each rollout, and what D is to learn once they are read."""
-        answers, groups = self._answers(evidence), by_prompt(rollouts)
-        rows = [row for id in answers for row in groups[id] if rollouts[row].ids]
-        shown = {id: (rollouts[groups[id][0]].prompt_ids, ids) for id, ids in answers.items()}
-        texts = [*shown.values(), *((rollouts[row].prompt_ids, rollouts[row].ids) for row in rows)]
+        groups, texts, pairs = (
+            by_prompt(rollouts),
+            list[Text](),
+            dict[int, tuple[int, int]](),
+        )  # places in texts, by row
+        for id, answer in self._answers(evidence).items():
+            place = len(texts)
+            texts.append((rollouts[groups[id][0]].prompt_ids, answer))
+            for row in groups[id]:
+                if rollouts[row].ids:
+                    pairs[row] = place, len(texts)
+                    texts.append((rollouts[row].prompt_ids, rollouts[row].ids))
         values = torch.tensor(self._made(student).values(texts), dtype=torch.float64)
-        place = {id: index for index, id in enumerate(shown)}
-        against = torch.tensor([place[rollouts[row].prompt.id] for row in rows], dtype=torch.long)
-        loss, slopes = bradley_terry(values[: len(shown)], values[len(shown) :], against)
-        told = (values[against] > values[len(shown) :]).double()
-        figures = {"gad_loss": loss, "gad_accuracy": float(told.mean())} if rows else {}
-        self._lesson = Lesson(texts, slopes.tolist(), figures) if rows else None
-        rewards = zip(rows, values[len(shown) :].tolist(), strict=True)
-        return {row: {REWARD: [value] * len(rollouts[row])} for row, value in rewards}
+        self._lesson = None
+        if pairs:
+            taught, written = torch.tensor(list(pairs.values())).T
+            loss, slopes = bradley_terry(values, taught, written)
+            told = float((values[taught] > values[written]).double().mean())
+            self._lesson = Lesson(texts, slopes.tolist(), {"gad_loss": loss, "gad_accuracy": told})
+        return {row: {REWARD: [float(values[own])] * len(rollouts[row])} for row, (_, own) in pairs.items()}
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """See `Method`."""
@@ -176,15 +184,10 @@ class Gad(Method):
         return answers
 
 
-def bradley_terry(teacher: Tensor, student: Tensor, against: Tensor) -> tuple[float, Tensor]:
-    """`mean -log sigmoid(teacher[against] - student)` of values [A] and [S], and its slopes [A + S] in them.
-
-    Args:
-        against: [S], which of the teacher's values each of the student's is compared with.
-    """
-    values = torch.cat([teacher, student]).requires_grad_()
+def bradley_terry(values: Tensor, better: Tensor, worse: Tensor) -> tuple[float, Tensor]:
+    """`mean -log sigmoid(values[better] - values[worse])` over pairs [P] of places in `values` [n], and its slopes [n]."""
+    values = values.detach().requires_grad_()
     with torch.enable_grad():
-        margin = values[: len(teacher)][against] - values[len(teacher) :]
-        loss = -functional.logsigmoid(margin).mean() if len(student) else values.sum() * 0
+        loss = -functional.logsigmoid(values[better] - values[worse]).mean()
         (slopes,) = torch.autograd.grad(loss, values)
     return float(loss.detach()), slopes

@@ -78,10 +78,10 @@ class Ropd(Method):
 
     def before(self, prompts: Mapping[int, Prompt], step: int) -> list[Query]:
         """The teacher's answers, for the first rollout of each prompt."""
-        first = {prompt.id: row for row, prompt in sorted(prompts.items(), reverse=True)}
+        config = self.config
         return [
-            AnswerQuery(prompts[row], row, self.config.answers, self.config.answer_tokens, self._seed("teacher", id))
-            for id, row in sorted(first.items(), key=lambda one: one[1])
+            AnswerQuery(prompts[rows[0]], rows[0], config.answers, config.answer_tokens, self._seed("teacher", id))
+            for id, rows in by_prompt(prompts).items()
         ]
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:
