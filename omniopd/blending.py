@@ -38,12 +38,14 @@ class Guide:
         end_ids: ids with which it ends a response.
         prompt_ids: the prompt as the teacher reads it, ready for the answer.
         turn: held while the weights compute: the teacher's own thread may have scores to make.
+        context: tokens that prompt and response may have together.
     """
 
     model: PreTrainedModel
     end_ids: frozenset[int]
     prompt_ids: Callable[[Prompt], tuple[int, ...]]
     turn: AbstractContextManager[object]
+    context: int = 1 << 30
 
 
 @dataclass(frozen=True)

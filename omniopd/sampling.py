@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from omniopd.blending import Blend, Blended, Guide
 from omniopd.decoding import Decoding
 from omniopd.drawing import Draw, Ended, Request, Rows, named_seed
+from omniopd.errors import TeacherError
 from omniopd.threads import one_thread, small_products
 
 __all__ = ["Blend", "Draw", "Guide", "Request", "end_ids", "named_seed", "sample"]
@@ -48,6 +49,7 @@ def sample(
 
     Raises:
         OmniError: the model does not keep its past in the library's cache.
+        TeacherError: a prompt and its response do not fit the context of the teacher that bends.
     """
     drawn: dict[int, list[Draw]] = {}
     for batch in _batches(requests, batch_tokens):
@@ -102,6 +104,12 @@ def _sample_batch(
 def _blended(own: Decoding, blend: Blend, requests: Sequence[Request], end_ids: Collection[int]) -> Blended:
     """The teacher beside the model, on the same rows."""
     prompts, room = [r.guide_ids for r in requests], max(r.max_new_tokens for r in requests)
+    longest = max(len(r.guide_ids) + r.max_new_tokens for r in requests)
+    if longest > blend.guide.context:
+        raise TeacherError(
+            f"a prompt and its response do not fit the teacher's context of {blend.guide.context} ({longest} in all); lower "
+            "student.max_new_tokens"
+        )
     with torch.autocast(blend.guide.model.device.type, enabled=False):
         teacher = Decoding(blend.guide.model, prompts, [r.draws for r in requests], room)
     return Blended(own, teacher, blend, end_ids)

@@ -162,7 +162,7 @@ class TransformersTeacher(InProcessTeacher):
     def guide(self) -> Guide:
         """Its weights, for a sampler that blends them with the student's ("decode")."""
         engine = self.backend.engine
-        return Guide(engine.model, engine.end_ids, self._prompt_ids, engine.turn)
+        return Guide(engine.model, engine.end_ids, self._prompt_ids, engine.turn, engine.context)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt as it is scored after: its own template, its own system text."""

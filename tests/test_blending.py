@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from omniopd.blending import BETA, LEFT, SPENT, STUDENT, kl, one_stop, trb_mix
+from omniopd.errors import TeacherError
 from omniopd.sampling import Blend, Draw, Guide, Request, named_seed, sample
 from omniopd.store import Store
 from omniopd.types import Message, Prompt, ScoreQuery, TokenScores
@@ -289,6 +290,14 @@ def test_the_teacher_has_its_turn_for_itself(student: PreTrainedModel, teacher: 
     assert not turn.locked()
 
 
+def test_a_text_that_the_teacher_has_no_room_for_is_refused(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    narrow = replace(blend(teacher, 0.1), guide=replace(blend(teacher, 0.1).guide, context=20))
+    with pytest.raises(TeacherError, match=r"context of 20 \(21 in all\); lower student\.max_new_tokens"):
+        sample(student, requests(), [END], blend=narrow)
+    fits = replace(narrow, guide=replace(narrow.guide, context=21))
+    assert sample(student, requests(), [END], blend=fits)
+
+
 # ------------------------------------------------------------------ the teacher's side
 
 
@@ -302,6 +311,7 @@ def test_a_teacher_in_this_process_offers_its_weights_behind_its_own_prompt(tmp_
     guide = teacher.guide
 
     assert teacher.capabilities.decode
+    assert guide.context == guide.model.config.max_position_embeddings
     assert TransformersTeacher.promises(TransformersConfig(path=str(SIBLING))).decode
     assert guide.prompt_ids(prompt) == passage(teacher.manner.ask(query), teacher.backend.chat).prompt_ids
     assert isinstance(scores, TokenScores)
