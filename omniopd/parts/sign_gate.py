@@ -137,7 +137,6 @@ def gated(ratio: Tensor, away: Tensor, lam: Tensor, agrees: Tensor) -> Tensor:
         agrees: where the sign of r must not turn.
     """
     moved = ratio + (lam - 1) * away.where(away.isfinite(), torch.zeros_like(away))
-    moved = moved.where(lam != 1, ratio)
     turned = agrees & (moved * ratio < 0)
     return moved.masked_fill(turned, 0.0)
 
