@@ -100,7 +100,7 @@ class ForkGuidance(Part):
     place = Place.MASK
     warns: ClassVar = {
         "teachability": "both rank tokens of high loss; a fork keeps its guidance even where its own token is masked",
-        "horizon": "candidates near the end are continued past it; what lies behind it is not learned",
+        "horizon": "the teacher's words go on past it, except where it cuts the rollout; set fork_guidance.horizon lower",
         "kl_stop": "candidates behind the place where it cuts were asked about in vain",
     }
     neutral: ClassVar = {"scale": 0.0, "v_low": 1.0}
@@ -140,6 +140,8 @@ class ForkGuidance(Part):
         delta = percentile(self._new, self.config.percentile)
         live = [site for site in sites if bool(draft.mask[site.row][site.at]) and site.row not in draft.likelihood]
         forks = [site for site in live if site.cost >= delta and site.cost > 0]
+        if draft.shuffle is not None:
+            forks = draft.shuffle.sample(live, len(forks))
         if self.config.v_low < 1:
             self._lower(draft, [site for site in live if site not in forks])
         if self.config.scale:
@@ -151,8 +153,8 @@ class ForkGuidance(Part):
             forks=float(len(forks)),
             fork_cost=sum(site.cost for site in sites) / len(sites) if sites else None,
             fork_delta=delta if self._new else None,
-            fork_teacher_tokens=float(sum(one.usage.completion_tokens for one in asked)),
-            fork_teacher_cap=float(self.config.most * (self.config.horizon + 1) * len(draft.rollouts)),
+            fork_tokens=float(sum(len(site.branch.ids) - site.branch.context for site in sites)),  # of the teacher's
+            fork_tokens_cap=float(self.config.most * self.config.horizon * len(draft.rollouts)),
         )
 
     def after(
@@ -167,6 +169,9 @@ class ForkGuidance(Part):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.costs = list(state["costs"])
+
+    def cautions(self) -> list[str]:
+        return ["method.parts: fork_guidance is a reconstruction of TOPD, whose loss and thresholds are not published"]
 
     def _candidates(self, rollout: Rollout, scores: TokenScores | None) -> list[int]:
         if self.config.rank == "entropy":

@@ -175,6 +175,30 @@ def test_where_the_teacher_agrees_the_bonus_alone_moves_the_sampled_token(
     assert (after > before, after < before) == (sign > 0, sign < 0)
 
 
+def test_an_end_of_the_response_is_no_candidate(student: Policy) -> None:
+    rollout = rows_of(student)[0]
+    top = tuple(((student.end_id, -1.0), *place[1:]) for place in rollout.top)
+    asked = [q for q in built(student).ask(replace(rollout, top=top), 0, 1) if isinstance(q, ScoreQuery) and q.by]
+
+    assert asked and student.end_id not in {q.ids[0] for q in asked}
+
+
+@torch.no_grad()
+def test_the_bonus_is_that_of_naive_forward_passes(student: Policy, teacher: Policy) -> None:
+    rollout = rows_of(student)[0]
+    plain, found = (read(built(student, gamma=gamma, clip=9.0), [rollout], teacher) for gamma in (0.0, 1.0))
+    bonus = (found.values_BT[0] - plain.values_BT[0]).tolist()
+
+    for t in range(len(rollout) - 1):
+        likeliest = [v for v, _ in rollout.top[t] if v not in student.end_ids]
+        group = [rollout.ids[t], *(v for v in likeliest if v != rollout.ids[t])]
+        before = [*rollout.prompt_ids, *rollout.ids[:t]]
+        logits = torch.stack([teacher.model(input_ids=torch.tensor([[*before, v]])).logits[0, -1] for v in group])
+        sure = logits.double().softmax(-1).max(-1).values
+        expected = ((sure - sure.mean()) / (sure.std(correction=0) + 1e-6))[0].item()
+        assert bonus[t] == pytest.approx(expected, abs=1e-3)
+
+
 def test_the_bonus_is_clipped_scaled_by_gamma_and_added_to_the_log_ratio(student: Policy, teacher: Policy) -> None:
     rows = rows_of(student)
     plain = read(built(student, gamma=0), rows, teacher)

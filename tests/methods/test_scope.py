@@ -198,12 +198,16 @@ def test_a_teacher_that_rules_tokens_out_leaves_no_hole_in_the_weights(
 
 def test_with_a_filter_only_wrong_rollouts_are_dropped(student: Policy, teacher: Policy) -> None:
     rows = rows_of(student, "++--")
-    parts = ["correctness_router", {"name": "trajectory_filter", "drop": 0.5}]
-    signal = read(student, teacher, rows, parts=parts)
+    parts = ["correctness_router", {"name": "trajectory_filter", "drop": 0.5}, {"name": "whiten"}]
+    method = built(student, parts=parts)
+    scores = [scored(teacher, query) for query in built(student, parts=[]).audit(rows, 1)]  # of all four
+    signal = method.read(rows, scores, 1)
+    routed = read(student, teacher, rows)
+    assert all(torch.equal(signal.values_BT[row], routed.values_BT[row]) for row in (0, 1))
 
     assert [bool(mask.any()) for mask in signal.mask_BT][:2] == [True, True]
     assert sum(bool(mask.any()) for mask in signal.mask_BT[2:]) == 1
-    assert any("trajectory_filter" in note for note in built(student, parts=parts).cautions())
+    assert any("trajectory_filter" in note for note in method.cautions())
 
 
 # ------------------------------------------------------------------ the real update
@@ -247,7 +251,8 @@ def test_all_right_is_likelihood_of_the_students_own_text_without_any_teacher(st
 
 def test_the_dense_form_keeps_divergences_on_wrong_rollouts_alone(student: Policy, teacher: Policy) -> None:
     rows = rows_of(student, "+-")
-    signal = read(student, teacher, rows, form="dense")
+    asked = built(student, form="dense", parts=[]).audit(rows, 1)  # about both
+    signal = built(student, form="dense").read(rows, [scored(teacher, query) for query in asked], 1)
 
     assert [target is None for target in signal.targets] == [True, False]
     assert signal.values_BT[0].tolist() == [1.0] * len(rows[0])

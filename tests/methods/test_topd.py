@@ -19,7 +19,7 @@ from omniopd.method import Gradients, Method
 from omniopd.parts.fork_guidance import ForkGuidance, candidates, decayed, percentile
 from omniopd.registry import METHODS
 from omniopd.settings import tagged
-from omniopd.types import Branch, Continuations, ContinueQuery, Evidence, Reply, Rollout, Signal
+from omniopd.types import Branch, Capabilities, Continuations, ContinueQuery, Evidence, Reply, Rollout, Signal
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
@@ -177,6 +177,8 @@ def test_at_forks_the_student_learns_the_teachers_words(student: Policy) -> None
 
     assert [branch.row for branch in signal.branches] == [0, 1]
     assert signal.branch_scale == 0.5
+    assert signal.stats["fork_tokens"] == 5 + 6 + 6  # the last token of a text that was cut is left out
+    assert signal.stats["fork_tokens_cap"] == 4 * 6 * 3
     for branch in signal.branches:
         assert 0 < len(learned(branch)) <= 6
         assert branch.weights == tuple(decayed(len(learned(branch)), 0.97).tolist())
@@ -193,7 +195,7 @@ def test_a_candidate_of_which_nothing_came_is_left_as_it_is(student: Policy) -> 
     signal = method.read(rows, heard(method, rows, lambda query: None)[0], 1)
 
     assert all(bool(mask.all()) for mask in signal.mask_BT) and signal.branches == ()
-    assert (signal.stats["fork_holes"], signal.stats["fork_candidates"]) == (3, 3)
+    assert (signal.stats["fork_holes"], signal.stats["fork_candidates"], signal.stats["fork_tokens"]) == (3, 3, 0)
 
 
 def test_a_teacher_that_stops_at_once_teaches_the_end(student: Policy) -> None:
@@ -282,6 +284,37 @@ def test_the_term_is_lambda_times_the_mean_over_forks_of_the_weighed_cross_entro
         each.append(float((decayed(len(logp), 0.97) * -logp.double()).sum()))
     assert len(each) > 1
     assert terms["branch_loss"] == pytest.approx(0.5 * sum(each) / len(each), rel=1e-5)
+
+
+def test_a_teacher_of_text_alone_guides_beside_audits(student: Policy) -> None:
+    """The base method's own continuations and those of the part do not meet."""
+    base = {"name": "omniopd", "chunks": 2, "chunk_tokens": 5, "continuations": 4}
+    config = {**base, "parts": [{"name": "fork_guidance", "rank": "entropy", "horizon": 6}]}
+    rows = rows_of(student)
+    plain, method = (compose(TypeAdapter(tagged(METHODS)).validate_python(one), student, 0) for one in (base, config))
+    audits: list[Evidence] = [
+        Continuations(q, (echo(q),) * q.n) for q in method.audit(rows, 1) if isinstance(q, ContinueQuery)
+    ]
+    further = [q for q in method.again(dict(enumerate(rows)), audits, 1) if isinstance(q, ContinueQuery)]
+    found: list[Evidence] = [Continuations(q, (other(q),)) for q in further]
+    was, now = plain.read(rows, audits, 1), method.read(rows, [*audits, *found], 1)
+
+    assert method.needs == {"continuation"} and method.lacking(Capabilities(continuation="raw")) == []
+    assert len(was.audits) == len(now.audits) == len(audits) > 0
+    guided = [branch for branch in now.branches if branch.weights]
+    assert len(now.branches) == len(was.branches) + len(guided) and guided
+
+
+def test_the_control_deals_forks_out_among_candidates(student: Policy) -> None:
+    rows = rows_of(student)
+    chosen = set()
+    for seed in range(8):
+        config = TypeAdapter(tagged(METHODS)).validate_python({**config_of(), "control": "shuffled"})
+        method = compose(config, student, seed)
+        evidence, sites = heard(method, rows, lambda q: other(q) if (q.row, q.chunk.start) == (0, 3) else echo(q))
+        (branch,) = method.read(rows, evidence, 1).branches
+        chosen.add((branch.row, branch.at + branch.context))
+    assert len(chosen) == len(sites) == 3
 
 
 def test_soft_targets_are_refused(student: Policy) -> None:

@@ -230,6 +230,19 @@ def test_a_teacher_of_another_tokenizer_cuts_the_text_itself(make: Any, closes: 
     assert found.vocabulary.digest != asked.vocabulary
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_what_stands_before_given_tokens_is_sent_and_not_scored(make: Any, door: str) -> None:
+    teacher, script = make(door)
+    whole = query(closes=False)
+    tail = replace(whole, ids=whole.ids[-2:], after=whole.ids[:-2], top=1)
+    (all_of_it,), (end,) = gather(teacher, replace(whole, top=1)), gather(teacher, tail)
+    assert sent(script.bodies[0]) == sent(script.bodies[1])
+    assert (end.ids, end.logprobs, end.top) == (tail.ids, all_of_it.logprobs[-2:], all_of_it.top[-2:])
+    other, silent = make(tokenizer="other")
+    assert gather(other, tail)[0].rejected == {"unknown_token": 1}
+    assert silent.calls == 0
+
+
 def test_a_control_tokens_text_stays_text(make: Any) -> None:
     teacher, script = make(tokenizer="other")
     gather(teacher, query("a</s>[INST]b"))
