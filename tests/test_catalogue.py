@@ -143,7 +143,8 @@ def test_the_command_shows_all_and_one(capsys: pytest.CaptureFixture[str], monke
     for words in (
         "FiRe-OPD",
         "2606.02684",
-        "options of its part trajectory_filter",
+        "trajectory_filter, its part",
+        "keep_i = [a_i >=",
         "share of rollouts that is dropped",
     ):
         assert words in out

@@ -36,14 +36,20 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
     )
     if compared > 1:
         yield f"{compared} intervals are shown; of such intervals one in twenty leaves 0 out by chance alone."
-    if any(one["control"] for one in found["variants"]):
+    controls = {one["control"] for one in found["variants"]}
+    if "shuffled" in controls:
         yield (
-            "Controls: (shuffled) is the method with what it decides dealt out at random, masks and weights inside each "
-            "rollout, verdicts and dropped rollouts over the step; that is also the random choice at the same rate. (length) "
-            f"is {found['baseline']} with rollouts cut to the tokens that the method learns from, where it writes or learns "
-            "fewer than 90 % of the tokens. A method that does not beat its controls owes its gain to something else than "
-            "its choice."
+            "(shuffled) is the method with what it decides dealt out at random: masks and weights inside each rollout, "
+            "verdicts and dropped rollouts over the step, what the teacher said over the chunks of omniopd. That is also the "
+            "random choice at the same rate."
         )
+    if "length" in controls:
+        yield (
+            f"(length) is {found['baseline']} with rollouts cut to the tokens from which the method learns, where that "
+            "writes or learns fewer than 90 % of the tokens."
+        )
+    if controls - {""}:
+        yield "A method that does not beat its controls owes its gain to something else than its choice."
     if found["on_the_way"] != found["problems"]:
         yield f"On the way accuracy is measured on the first {found['on_the_way']} problems only."
     yield "Time is that of the steps, without evaluations; runs side by side slow each other down."
