@@ -34,6 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "anchored": {"name": "opd", "anchor": {"beta": 0.1, "where": "all"}},
     "omniopd": {"name": "omniopd", "chunks": 2, "chunk_tokens": 6, "continuations": 2},
     "seqkd": {"name": "seqkd", "answer_tokens": 24},
+    "fire": {"name": "fire"},
+    "scope": {"name": "scope"},
+    "parts that ask again, write branches and whiten": {
+        "name": "opd",
+        "parts": [{"name": "fork_guidance", "horizon": 6, "share": 0.2}, {"name": "teachability", "k": 4}, "whiten"],
+    },
 }
 Make = Callable[..., Bench]
 
@@ -44,7 +50,7 @@ def tree(method: str, teacher: str = "sibling", **student: Any) -> dict[str, Any
         "teacher": {"type": "transformers", "path": str(DEMO / teacher)},
         "task": {"type": "arithmetic", "train_size": 32, "heldout_size": 4},
         "method": METHODS[method],
-        "train": {"prompts_per_step": 3},
+        "train": {"prompts_per_step": 3, **({"rollouts_per_prompt": 2} if method == "scope" else {})},
     }
 
 

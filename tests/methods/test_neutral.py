@@ -53,6 +53,12 @@ NEUTRAL += [
     if not isinstance(PARTS.get(name).neutral, str)
 ]
 
+NEUTRAL += [
+    ({**DENSE, "parts": [{"name": name, **PARTS.get(name).neutral}]}, DENSE)
+    for name in PARTS.names()
+    if PARTS.get(name).dense and not isinstance(PARTS.get(name).neutral, str)
+]
+
 
 @pytest.fixture(scope="module")
 def teacher(tiny_folder: Callable[..., Path]) -> Policy:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from omniopd.errors import ConfigError, StudentError
 from omniopd.registry import SAMPLERS
 from omniopd.sampling import named_seed
-from omniopd.types import Rollout
+from omniopd.types import Rollout, Writing
 from students.policy import Policy, StudentSettings
 from students.ranks import Ranks
 from students.samplers.vllm import VllmRollouts, VllmSampler
@@ -122,6 +122,20 @@ def test_the_engine_is_asked_for_the_plain_distribution(
     assert all(0 <= fields["seed"] < 2**63 for fields in copy.asked)
     assert all(fields["stop_token_ids"] == sorted(student.end_ids) for fields in copy.asked)
     assert all((fields["temperature"], fields["max_tokens"]) == (1.0, 16) for fields in copy.asked)
+
+
+def test_a_lower_limit_is_asked_of_the_engine_and_cuts_the_same_text(
+    student: Policy, make: Callable[..., VllmSampler], copy: Copy
+) -> None:
+    sampler = make(student)
+    whole = sampler.sample(PROMPTS, 1)
+    copy.asked.clear()
+    limits = [3, None, 1, 99, 5]
+    cut = sampler.sample(PROMPTS, 1, writings=[Writing(max_tokens=limit) for limit in limits])
+    assert sorted(fields["max_tokens"] for fields in copy.asked) == [1, 3, 5, 16, 16]
+    for long, short, limit in zip(whole, cut, limits, strict=True):
+        assert short.ids == long.ids[: limit or 16]
+        assert short.finish == (long.finish if len(long) == len(short) and long.finish == "stop" else "length")
 
 
 def test_the_engine_is_built_for_the_student(
