@@ -10,8 +10,8 @@ import pytest
 from pydantic import Field
 
 from omniopd.catalogue import entries, entry
-from omniopd.catalogue.entries import options
 from omniopd.catalogue.pages import FOLDER, pages, stale, write
+from omniopd.catalogue.settings import options
 from omniopd.cli import main
 from omniopd.errors import ConfigError
 from omniopd.objective import Objective

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import textwrap
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-import yaml
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
+from omniopd.catalogue.settings import Option, options
+from omniopd.catalogue.source import Code, first_line, functions_of, hooks_of, place_of
 from omniopd.composition import compose
 from omniopd.errors import ConfigError
 from omniopd.method import Method, missing
-from omniopd.objective import Objective
 from omniopd.part import Part
 from omniopd.registry import METHODS, PARTS, nearest
 from omniopd.types import Capabilities
@@ -39,27 +33,6 @@ SLOT_OF = {
     "after": "schedule",
 }
 """The slot that a hook of a method fills."""
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A setting by its dotted name. `default` is YAML, `allowed` says in words what it may be."""
-
-    name: str
-    default: str
-    allowed: str
-    description: str
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    """A function or a hook. `place` is its file, or its module where that is not ours; `source` is empty for what is only
-    called."""
-
-    name: str
-    place: str
-    words: str
-    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +161,14 @@ def _entry(kind: Kind, name: str, component: Any, **known: Any) -> Entry:
     return Entry(
         kind=kind,
         name=name,
-        title=_first_line(component.__doc__),
+        title=first_line(component.__doc__),
         text=inspect.cleandoc(getattr(module, "__doc__", None) or component.__doc__ or ""),
-        place=_place(component.__module__),
+        place=place_of(component.__module__),
         options=tuple(options(component.Config)),
         neutral=component.neutral,
-        hooks=tuple(_hooks(component)),
-        functions=tuple(_functions(module, own=True)),
-        called=tuple(_functions(module, own=False)),
+        hooks=tuple(hooks_of(component)),
+        functions=tuple(functions_of(module, own=True)),
+        called=tuple(functions_of(module, own=False)),
         **(nothing | known),
     )
 
@@ -217,120 +190,3 @@ def _until_base(component: type[Method], registered: Mapping[type, str]) -> Iter
 
 def _once(slots: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(slots))
-
-
-def _first_line(text: str | None) -> str:
-    return inspect.cleandoc(text or "").partition("\n")[0].rstrip(".")
-
-
-# ------------------------------------------------------------------ options
-
-
-def options(model: type[BaseModel], within: str = "") -> Iterator[Option]:
-    """Every setting of a model, those of inner models by dotted names: its own first, what all methods share last."""
-    own, shared = set(vars(model).get("__annotations__", ())), set(Objective.model_fields)
-    for name in sorted(model.model_fields, key=lambda name: (name not in own) + (name not in own and name in shared)):
-        field = model.model_fields[name]
-        inner = field.annotation
-        if name == "name" and not within:
-            continue
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner.model_fields:
-            default = field.get_default(call_default_factory=True)
-            for option in options(inner, f"{within}{name}."):
-                stated = getattr(default, option.name.rpartition(".")[2], None)
-                yield Option(option.name, _yaml(stated), option.allowed, option.description)
-        else:
-            default = "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
-            yield Option(within + name, default, _allowed(field), _description(model, name))
-
-
-def _description(model: type[BaseModel], name: str) -> str:
-    """Of a setting whose default is another than in the base, that of the base."""
-    fields = [getattr(one, "model_fields", {}).get(name) for one in model.__mro__]
-    found = (field.description for field in fields if field is not None and field.description)
-    return " ".join(next(found, "").split())
-
-
-def _yaml(value: Any) -> str:
-    return as_yaml(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
-
-
-def as_yaml(value: Any) -> str:
-    """Plain data on one line, as it may stand in a config."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _allowed(field: FieldInfo) -> str:
-    """What the annotation and the bounds say, in words."""
-    limits = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
-    found = [
-        f"{words} {_bound(limit):g}"
-        for limit in field.metadata
-        for kind, words in limits.items()
-        if type(limit) is kind
-    ]
-    return ", ".join([words for words in [_words(field.annotation), " and ".join(found)] if words])
-
-
-def _bound(limit: Any) -> float:
-    """The number of a bound."""
-    return float(getattr(limit, type(limit).__name__.lower()))
-
-
-def _words(annotation: Any) -> str:
-    plain = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-    if annotation in plain:
-        return plain[annotation]
-    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, inside))
-    if origin in (typing.Union, types.UnionType):
-        each = [_words(one) for one in inside if one is not type(None)]
-        return " | ".join([one for one in each if one] + ["null"] * (type(None) in inside))
-    return "list" if origin in (list, tuple) else ""
-
-
-# ------------------------------------------------------------------ code
-
-UNQUOTED = {"__init__", "describe", "cautions", "lacking", "load_state_dict", "state_dict"}  # no formula is in these
-PURE = ("omniopd.losses", "omniopd.measures", "omniopd.groups", "omniopd.credit", "omniopd.alignment", "omniopd.boundary",
-        "omniopd.targets", "omniopd.branches", "omniopd.verification")  # fmt: skip
-"""Where functions live that several methods call."""
-
-
-def _hooks(component: type) -> Iterator[Code]:
-    """The class's own methods in the order of its file."""
-    for name, found in vars(component).items():
-        function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-        if inspect.isfunction(function) and name not in UNQUOTED:
-            yield _code(function, f"{component.__name__}.{name}")
-
-
-def _functions(module: Any, own: bool) -> Iterator[Code]:
-    """Functions that a module defines, or that it has from ours."""
-    for name, found in vars(module).items():
-        if not (inspect.isfunction(found) or inspect.isclass(found)):
-            continue
-        home = found.__module__
-        if own and home == module.__name__ and inspect.isfunction(found):
-            yield _code(found, name)
-        elif not own and home != module.__name__ and home.startswith(PURE):
-            yield Code(name, _place(home), _first_line(found.__doc__))
-
-
-def _code(function: Any, name: str) -> Code:
-    return Code(
-        name,
-        _place(function.__module__),
-        _first_line(function.__doc__),
-        textwrap.dedent(inspect.getsource(function)).strip(),
-    )
-
-
-def _place(module: str) -> str:
-    """The file of a module of ours, relative to the repository; another's name as it is."""
-    if not module.startswith("omniopd."):
-        return module
-    path = module.replace(".", "/")
-    return f"{path}/__init__.py" if hasattr(importlib.import_module(module), "__path__") else f"{path}.py"

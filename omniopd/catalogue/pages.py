@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import omniopd.draft
-from omniopd.catalogue.entries import Code, Entry, Option, as_yaml, entries
+from omniopd.catalogue.entries import Entry, entries
+from omniopd.catalogue.settings import Option, as_yaml
+from omniopd.catalogue.source import Code
 from omniopd.part import Place
 
 FOLDER = Path("docs/methods")

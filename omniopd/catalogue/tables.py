@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from omniopd.catalogue.entries import Entry, Option, as_yaml
+from omniopd.catalogue.entries import Entry
+from omniopd.catalogue.settings import Option, as_yaml
 
 
 def print_methods(methods: Sequence[Entry], parts: Sequence[Entry]) -> None:
