@@ -141,4 +141,4 @@ def test_the_control_of_a_single_prompt_has_no_pair(student: Policy, name: str) 
 def test_the_mean_is_over_pairs_whatever_else_is_set(student: Policy, name: str) -> None:
     config: type[Settings] = type(method_of(student, name, 2).objective)
     with pytest.raises(ValueError, match="reduction"):
-        config(reduction="sum_seqmean")
+        config.model_validate({"reduction": "sum_seqmean"})
