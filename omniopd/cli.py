@@ -329,7 +329,7 @@ def _methods(arguments: argparse.Namespace) -> None:
         print_methods(entries("method"), entries("part"))
         return
     one = entry(arguments.name)
-    print_entry(one, [entry(part["name"]) for part in one.parts])
+    print_entry(one, [entry(part["name"], "part") for part in one.parts])
 
 
 def _serve(arguments: argparse.Namespace) -> None:

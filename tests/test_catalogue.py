@@ -148,6 +148,9 @@ def test_the_command_shows_all_and_one(capsys: pytest.CaptureFixture[str], monke
         "share of rollouts that is dropped",
     ):
         assert words in out
+    assert main(["methods", "rock_tokens"]) == 0  # a method and its part of one name
+    assert "rock_tokens, its part" in capsys.readouterr().out
+    assert entry("rock_tokens", "part").order == "weight"
     assert main(["methods", "whiten"]) == 0
     assert "sigma_min" in capsys.readouterr().out
     assert main(["methods", "frie"]) == 2

@@ -91,15 +91,15 @@ def entries(kind: Kind) -> list[Entry]:
     return [_method(name) if kind == "method" else _part(name) for name in _registry(kind).names()]
 
 
-def entry(name: str) -> Entry:
-    """The method of that name, or else the part.
+def entry(name: str, kind: Kind | None = None) -> Entry:
+    """The method of that name, or else the part, which may be called as the method that it belongs to.
 
     Raises:
         ConfigError: there is neither.
     """
-    if name in METHODS.names():
+    if name in METHODS.names() and kind != "part":
         return _method(name)
-    if name in PARTS.names():
+    if name in PARTS.names() and kind != "method":
         return _part(name)
     known = nearest(name, [*METHODS.names(), *PARTS.names()])
     raise ConfigError(f"'{name}' is neither a method nor a part; {known}")
