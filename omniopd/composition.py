@@ -73,6 +73,7 @@ class Composed(Method):
         self.top = max((part.top for part in parts), default=0)
         self.whole = any(part.whole for part in parts)
         self.scores = any("score" in part.needs or part.top or part.whole for part in parts)
+        self._own_top = base.top if isinstance(base, Scored) else 0
         if isinstance(base, Scored):
             base.whole = base.whole or self.whole
             for part in parts:
@@ -138,16 +139,20 @@ class Composed(Method):
         facts = {row: dict(found) for row, found in self.base.measure(rollouts, own, student).items()}
         for part in self.parts:
             for row, rollout in rollouts.items():
-                if measured := part.measure(rollout, scores.get(row), student):
+                heard = narrowed(scores[row], part.top) if row in scores else None
+                if measured := part.measure(rollout, heard, student):
                     facts.setdefault(row, {}).update(measured)
         return facts
 
     def read(self, rollouts: Sequence[Rollout], evidence: Sequence[Evidence], step: int) -> Signal:
         """See `Method`."""
-        signal = self.base.read(rollouts, asked_by(evidence), step)
+        own = [narrowed(one, self._own_top) if isinstance(one, TokenScores) else one for one in asked_by(evidence)]
+        signal = self.base.read(rollouts, own, step)
         dealer = random.Random(named_seed(self.seed, "control", step)) if self.objective.control == "shuffled" else None
         draft = Draft.of(signal, rollouts, evidence, step, self.verdict, dealer)
+        scores = draft.scores
         for part in self.parts:
+            draft.scores = {row: narrowed(one, part.top) for row, one in scores.items()}
             part.apply(draft)
         return draft.finish()
 
@@ -196,6 +201,14 @@ class Composed(Method):
             if other in names
         ]
         return [*self.base.cautions(), *(note for part in self.parts for note in part.cautions()), *warned]
+
+
+def narrowed(scores: TokenScores, most: int) -> TokenScores:
+    """With so many of the likeliest tokens at each place, since another reader may have asked for more; 0 reads none."""
+    if not most or all(len(top) <= most for top in scores.top):
+        return scores
+    best = (sorted(top.items(), key=lambda one: -one[1])[:most] for top in scores.top)
+    return replace(scores, top=tuple(map(dict, best)))
 
 
 def _check_joints(base: Method, parts: Sequence[Part]) -> None:

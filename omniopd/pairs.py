@@ -179,7 +179,8 @@ class Paired(Method):
         drops["unasked"] = sum(map(self.is_chosen, range(len(rollouts)))) - len(chosen) - drops.total()
         pairs = []
         for row in sorted(chosen) if self.compares(step) else ():
-            if reason := self.unfit(rollouts[row + 1]):
+            both = rollouts[row].ids and rollouts[row + 1].ids
+            if reason := self.unfit(rollouts[row + 1]) if both else "empty":
                 drops[reason] += 1
                 continue
             pair = Pair(row, row + 1, self.reward(rollouts[row]), self.reward(rollouts[row + 1]))

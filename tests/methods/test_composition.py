@@ -17,8 +17,10 @@ from omniopd.draft import Draft, weight_figures
 from omniopd.errors import ConfigError
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import PARTS
+from omniopd.selftest import mirror
 from omniopd.types import Rollout, Signal, Writing
 from students.policy import Policy, StudentSettings
+from students.view import StudentView
 
 Action = Literal["refuse", "warn", "join"]
 
@@ -54,7 +56,7 @@ PAIRS_WITHOUT_PARTS = "draft_opd, oprd and geometry have no parts"
 
 @pytest.fixture(scope="module")
 def student(llama_folder: Path) -> Policy:
-    return Policy(StudentSettings(path=str(llama_folder), max_new_tokens=4096), anchored=True)
+    return Policy(StudentSettings(path=str(llama_folder), max_new_tokens=64), anchored=True)
 
 
 def composed(student: Policy, parts: Sequence[Any], **method: Any) -> Any:
@@ -192,6 +194,27 @@ def test_two_authors_of_rollouts_are_refused_when_the_method_is_made(student: Po
     for two in ([text, text], [text, initial]):
         with pytest.raises(ConfigError, match="owner0.*owner1.*leave one out"):
             owned(student, *two)
+
+
+# ---------------------------------------------------------------------- one query, several readers
+
+
+def test_a_reader_of_few_likeliest_tokens_does_not_see_what_another_one_asked_for(student: Policy) -> None:
+    rows = [tiny.rollout(student, [7, 9, 30, 12, 80, 41])]
+
+    def entropies(parts: list[Any], **method: Any) -> tuple[Any, Signal]:
+        built = composed(student, parts, **method)
+        evidence = mirror.evidence(student, rows, built.audit(rows, 1), mirror.disagreeing)
+        facts = built.measure(dict(enumerate(rows)), evidence, StudentView(student, rows))
+        return facts[0]["entropy_weights.teacher"], built.read(rows, evidence, 1)
+
+    few, many = {"name": "entropy_weights", "k": 2}, {"name": "entropy_weights", "k": 8}
+    wide = {"name": "trust_region", "outlier": "fkl", "k": 8}
+    assert entropies([few])[0] == entropies([few, wide])[0] != entropies([many])[0]
+    dense = {"form": "dense", "support": "teacher", "k": 2}
+    targets = [entropies([part], **dense)[1].targets[0] for part in (few, many)]
+    logits, ids = torch.randn(6, len(student.tokenizer)), torch.tensor(rows[0].ids)
+    assert torch.equal(*(target.divergence(logits, ids, 0) for target in targets if target is not None))
 
 
 # ---------------------------------------------------------------------- golden numbers
