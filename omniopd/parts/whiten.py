@@ -44,6 +44,7 @@ class Whiten(Part):
     Config = WhitenSettings
     slots = ("credit",)
     place = Place.TRANSFORM
+    decides = False
     dense = False
     neutral: ClassVar = {"clip": math.inf, "center": False, "scale": False}
 
