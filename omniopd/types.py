@@ -356,13 +356,13 @@ class Signal:
     values_BT: tuple[torch.Tensor, ...]
     mask_BT: tuple[torch.Tensor, ...]
     targets: tuple[Target | None, ...] = ()
-    weights_BT: tuple[torch.Tensor, ...] = ()
     branches: tuple[Branch, ...] = ()
     branch_scale: float = 1.0
     drops: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
     stats: Mapping[str, float | None] = field(default_factory=dict)
     audits: Sequence[Mapping[str, Any]] = ()  # JSON records for the report: what was asked, said and scored
+    weights_BT: tuple[torch.Tensor, ...] = ()
     spoken: int | None = None  # tokens on which the teacher spoke, where fewer are learned
 
     @property

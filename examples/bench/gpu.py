@@ -31,7 +31,8 @@ from measuring import Setting, machine
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from omniopd.config import RunConfig, load_config
-from omniopd.run import Run, open_teacher
+from omniopd.opening import open_teacher
+from omniopd.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "examples" / "demo" / "student"
