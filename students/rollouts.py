@@ -114,7 +114,8 @@ class Sampler(ABC):
         rollouts = []
         for before, (prompt, ids), (logprobs, entropy) in zip(prompt_ids, texts, found, strict=True):
             finish: Finish = "stop" if ids and ids[-1] in self.policy.end_ids else "length"
-            rollouts.append(self._rollout(prompt, before, Draw(ids, logprobs, entropy, finish), author, len(ids)))
+            given = len(ids) if author == "teacher" else 0
+            rollouts.append(self._rollout(prompt, before, Draw(ids, logprobs, entropy, finish), author, given))
         return rollouts
 
     def _rollout(
