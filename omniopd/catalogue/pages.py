@@ -15,7 +15,7 @@ from typing import Any
 import omniopd.draft
 from omniopd.catalogue.entries import Entry, entries
 from omniopd.catalogue.settings import Option, as_yaml
-from omniopd.catalogue.source import Code
+from omniopd.catalogue.source import Code, lines_of
 from omniopd.part import Place
 
 FOLDER = Path("docs/methods")
@@ -26,6 +26,13 @@ INTRODUCTION = """\
 A *method* says where the teacher is asked and what becomes of its evidence; a *part* changes one thing about that. Most
 methods are plain distillation (`opd`) with parts. `omniopd methods NAME` prints any of these pages, those of methods
 that another package brings too; [adding a method](../adding-a-method.md) shows how one is written."""
+
+SIZES = """\
+What a method adds to the project, docstrings and settings included; the step (`omniopd/run.py`) knows of none of them. Recipes
+are short because their parts are files of their own. Longer ones say how a teacher is asked as well: `omniopd` chooses
+chunks, compares and places; `gad`, `ovd` and `ropd` go through several rounds with a discriminator or a judge; `opd` is two
+forms with their refusals. Of the parts, `fork_guidance` and `lookahead` ask by themselves, `adaptive_window` looks at
+gradients, and `kl_stop`, `rock_tokens` and `teachability` keep statistics over steps."""
 
 COMPOSING = """\
 A method brings its own parts; `method.parts` states others, of any method, in any order:
@@ -166,6 +173,9 @@ def index(methods: Sequence[Entry], parts: Sequence[Entry]) -> str:
             f"```text\n{law}\n```",
             "## Conflicts",
             _table(["part", "with", "", "why, and the mend"], list(_all_conflicts(parts))),
+            "## Sizes",
+            SIZES,
+            _table(["method", "lines", "its parts, with their lines"], [_size_row(one, parts) for one in methods]),
         ]
     ) + "\n"  # fmt: skip
 
@@ -180,6 +190,12 @@ def _part_row(one: Entry, methods: Sequence[Entry]) -> list[str]:
     users = [method.name for method in methods if one.name in [part["name"] for part in method.parts]]
     link = f"[{one.name}]({file_of(one)})"
     return [link, one.title, one.order, ", ".join(one.slots), ", ".join(one.needs), ", ".join(users)]
+
+
+def _size_row(one: Entry, parts: Sequence[Entry]) -> list[str]:
+    own = {part["name"] for part in one.parts}
+    theirs = [f"{part.name} {lines_of(part.place)}" for part in parts if part.name in own]
+    return [_link(one.place), str(lines_of(one.place)), ", ".join(theirs)]
 
 
 def _order(parts: Sequence[Entry]) -> Iterator[list[str]]:

@@ -63,5 +63,11 @@ def place_of(module: str) -> str:
     return f"{path}/__init__.py" if hasattr(importlib.import_module(module), "__path__") else f"{path}.py"
 
 
+def lines_of(place: str) -> int:
+    """How many lines the file of a module of ours has."""
+    module = importlib.import_module(place.removesuffix(".py").replace("/", "."))
+    return len(inspect.getsource(module).splitlines())
+
+
 def first_line(text: str | None) -> str:
     return inspect.cleandoc(text or "").partition("\n")[0].rstrip(".")
