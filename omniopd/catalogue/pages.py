@@ -29,9 +29,9 @@ that another package brings too; [adding a method](../adding-a-method.md) shows 
 
 SIZES = """\
 What a method adds to the project, docstrings and settings included; the step (`omniopd/run.py`) knows of none of them.
-Recipes are short because their parts are files of their own. Longer ones say how a teacher is asked as well: `omniopd` chooses
-chunks, compares and places; `gad`, `ovd` and `ropd` go through several rounds with a discriminator or a judge; `opd` is two
-forms with their refusals. Of the parts, `fork_guidance` and `lookahead` ask by themselves, `adaptive_window` looks at
+Recipes are short because their parts are files of their own. Longer ones say how a teacher is asked as well: `omniopd`
+chooses chunks, compares and places; `gad`, `ovd` and `ropd` go through several rounds with a discriminator or a judge; `opd`
+is two forms with their refusals. Of the parts, `fork_guidance` and `lookahead` ask by themselves, `adaptive_window` looks at
 gradients, and `kl_stop`, `rock_tokens` and `teachability` keep statistics over steps."""
 
 COMPOSING = """\
