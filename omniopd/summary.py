@@ -42,6 +42,7 @@ def step_row(
         **signal.stats,
         "mean_entropy": _mean(value for rollout in rollouts for value in rollout.entropy),
         "mean_length": tokens / len(rollouts),
+        "given_tokens": sum(rollout.given for rollout in rollouts),  # of these, the teacher's own
         "finished_share": sum(rollout.finish == "stop" for rollout in rollouts) / len(rollouts),
         "lag": {str(updates): number for updates, number in sorted(lag.items())},
         **({"teachers": shares} if (shares := per_teacher(evidence)) else {}),

@@ -97,7 +97,7 @@ def _spent(row: Mapping[str, Any], rollouts: int) -> dict[str, float]:
     stages = ("rollout", "wait", "update")
     return {
         "seconds": sum(number(row.get(f"seconds_{stage}")) or 0.0 for stage in stages),
-        "student_tokens": (number(row.get("mean_length")) or 0.0) * rollouts,
+        "student_tokens": (number(row.get("mean_length")) or 0.0) * rollouts - (number(row.get("given_tokens")) or 0.0),
         "trained_tokens": number(row.get("audited_tokens")) or 0.0,
         "teacher_read": number(row.get("teacher_prompt_tokens")) or 0.0,
         "teacher_written": number(row.get("teacher_completion_tokens")) or 0.0,

@@ -156,7 +156,7 @@ def test_what_is_kept_of_a_run(tmp_path: Path, runs: list[tuple[str, str, int]])
     assert [at["step"] for at in run["course"]] == [0, 2, 4]
     assert [at["n"] for at in run["course"]] == [40, 20, 40]
     last = run["course"][-1]
-    assert (last["seconds"], last["student_tokens"], last["trained_tokens"]) == (8.0, 320.0, 320.0)
+    assert (last["seconds"], last["student_tokens"], last["trained_tokens"]) == (8.0, 288.0, 320.0)
     assert (last["teacher_read"], last["teacher_written"]) == (400.0, 80.0)
     assert run["course"][0]["teacher_read"] == 0
     assert len(run["correct"]["after"]) == 40
