@@ -46,8 +46,8 @@ def test_shapes_have_the_published_numbers_of_parameters(bench: SimpleNamespace)
     assert bench.costs.QWEN3_8B.body == pytest.approx(6.95e9, rel=0.001)  # "non-embedding" in its model card
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_flops_and_past_are_those_of_a_real_model(bench: SimpleNamespace, tied: bool) -> None:
+def tiny_shape(bench: SimpleNamespace, tied: bool) -> tuple[Any, Qwen3Config]:
+    """A shape in the model of costs, and the same as a real model's config."""
     shape = bench.costs.Transformer("tiny", 2, 64, 4, 2, 96, 500, tied, head_dim=16)
     config = Qwen3Config(
         vocab_size=500,
@@ -59,6 +59,12 @@ def test_parameters_flops_and_past_are_those_of_a_real_model(bench: SimpleNamesp
         head_dim=16,
         tie_word_embeddings=tied,
     )
+    return shape, config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_flops_and_past_are_those_of_a_real_model(bench: SimpleNamespace, tied: bool) -> None:
+    shape, config = tiny_shape(bench, tied)
     model = Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert sum(p.numel() for p in model.parameters()) == shape.parameters + norms
@@ -148,17 +154,7 @@ def test_as_the_code_is_a_student_must_be_whole_on_a_gpu_at_times(bench: SimpleN
 def test_adapters_have_the_size_of_pefts(bench: SimpleNamespace) -> None:
     from peft import LoraConfig, get_peft_model
 
-    shape = bench.costs.Transformer("tiny", 2, 64, 4, 2, 96, 500, True, head_dim=16)
-    config = Qwen3Config(
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-    )
+    shape, config = tiny_shape(bench, True)
     adapted = get_peft_model(Qwen3ForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
     load = bench.step_inputs.Load(bench.step_inputs.Measured(1, 1, 1))
     plan = bench.step_model.Plan(shape, shape, bench.step_inputs.H100, load, lora_rank=8)

@@ -227,7 +227,8 @@ def test_an_advantage_with_a_constant_needs_every_token(student: Policy, part: s
 
 
 def test_a_neutral_part_beside_it_is_none(student: Policy) -> None:
-    built(student, [{"name": "teachability", "rho": 1.0}], center=False)
+    method = built(student, [{"name": "teachability", "rho": 1.0}], center=False)
+    assert [part.config.name for part in method.parts] == ["f_divergence"]  # type: ignore[attr-defined]
 
 
 def test_an_advantage_with_a_constant_needs_fresh_rollouts(student: Policy) -> None:
