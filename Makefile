@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
+# processes that share the tests, a file each
+WORKERS ?= 2
 # the counterparts of `make contract`
 PARTS ?= vllm,litellm,llamacpp
 # what `make bench` runs, each one also alone as `make bench-steps`; `make bench-gpu` needs a GPU
@@ -29,7 +31,7 @@ quickstart: install  ## distil the shipped student from the shipped text-only te
 	$(BIN)/python examples/quickstart.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 contract: install  ## adapters against real servers, each in an environment made under .contract/
 	OMNIOPD_CONTRACT='$(PARTS)' $(BIN)/python -m pytest tests/contract
