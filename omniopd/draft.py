@@ -125,6 +125,10 @@ class Draft:
             found.setdefault(rollout.prompt.id, []).append(row)
         return found
 
+    def names(self) -> dict[int, tuple[str, int]]:
+        """Every row as its prompt and its place there: a name for random draws that no order of rows moves."""
+        return {row: (id, place) for id, rows in self.groups().items() for place, row in enumerate(rows)}
+
     def facts(self, row: int, name: str) -> Tensor | None:
         """What a part measured of a rollout, [T]; None where it could not."""
         numbers = self.rollouts[row].facts.get(name)

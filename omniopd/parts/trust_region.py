@@ -81,13 +81,13 @@ class TrustRegion(Part):
 
     def apply(self, draft: Draft) -> None:
         """See `Part`."""
-        shares, unaimed = [], 0
+        shares, unaimed, names = [], 0, draft.names()
         for row in draft.rows:
             if row in draft.likelihood or row not in draft.scores:
                 continue
             mask = draft.mask[row]
             ratio = nats(draft.scores[row].logprobs) - nats(draft.rollouts[row].logprobs)
-            coins = _coins(len(mask), named_seed(self.seed, "trust_region", draft.step, row))
+            coins = _coins(len(mask), named_seed(self.seed, "trust_region", draft.step, *names[row]))
             trusted = draft.dealt(row, trust(ratio.where(mask, 0.0), self.config.region, self.config.tau, coins))
             shares.append(trusted[mask])
             doubt = (1 - trusted).where(mask, 0.0)

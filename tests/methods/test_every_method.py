@@ -43,7 +43,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "teachability": {"k": 4},
 }
 PLAIN_WITHIN_A_FAMILY = "dpca"  # with a teacher of the same tokenizer, as here
-BY_ROW = {"trust_region"}  # parts that throw coins of their own, by row
 ALL = [*METHODS.names(), *(f"opd + {name}" for name in PARTS.names())]
 
 
@@ -208,8 +207,6 @@ def test_micro_batches_and_padding_change_nothing(name: str, anchored: Policy) -
 @pytest.mark.parametrize("name", ALL)
 def test_the_order_of_prompts_changes_nothing(name: str, anchored: Policy) -> None:
     """Where the row names the random draws of a method, other rows draw otherwise; of the others nothing moves."""
-    if BY_ROW & set(parts_of(name)):
-        pytest.skip("a row's coins are named by its place, as its rollout is")
     rows = written(anchored, [13, 5, 9, 8])
     order = [2, 3, 0, 1]
     one, other = (taught(anchored, config_of(name), chosen) for chosen in (rows, [rows[i] for i in order]))
