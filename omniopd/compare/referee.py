@@ -12,7 +12,7 @@ from typing import Any
 
 from omniopd.compare.page import write_page
 from omniopd.compare.results import comparison
-from omniopd.compare.runs import misfit, read, run
+from omniopd.compare.runs import read, run
 from omniopd.compare.variants import (
     Variant,
     config_of,
@@ -25,6 +25,7 @@ from omniopd.compare.variants import (
 from omniopd.config import RunConfig, load_config
 from omniopd.errors import ConfigError
 from omniopd.progress import Progress
+from omniopd.unloaded import misfit
 
 SHORTER = (
     0.9  # a method that writes or learns less than this share of the baseline's tokens gets a control of its length

@@ -6,39 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
-from omniopd.choosing import offers
-from omniopd.compare.variants import method_of
 from omniopd.config import RunConfig, dump_config
-from omniopd.errors import OmniError, RunError
-from omniopd.fitting import check_method, check_needs
-from omniopd.registry import SAMPLERS, TASKS
+from omniopd.errors import RunError
 from omniopd.report.folder import read_run
 from omniopd.report.formats import number
 from omniopd.report.verdict import course
-from omniopd.types import Capabilities, Teacher
-from students.ranks import Ranks
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """A teacher of whom only promises are known."""
-
-    capabilities: Capabilities
-
-
-def misfit(config: RunConfig) -> str:
-    """Why a run would be refused, as far as that can be told without loading anything; "" if nothing speaks against it."""
-    try:
-        method, sampler = method_of(config), SAMPLERS.get(config.student.rollouts.type)
-        check_method(config, method, sampler, Ranks(), TASKS.build(config.task).train)
-        check_needs(method, cast(Teacher, _Offer(offers(config))))
-    except OmniError as error:
-        return str(error)
-    return ""
 
 
 def run(config: RunConfig) -> str:

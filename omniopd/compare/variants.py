@@ -20,13 +20,10 @@ from typing import Any, Literal
 
 import yaml
 
-from omniopd.chat import ChatTemplate
-from omniopd.composition import compose
 from omniopd.config import RunConfig, load_config
-from omniopd.errors import ConfigError, StudentError
-from omniopd.method import Method
+from omniopd.errors import ConfigError
 from omniopd.registry import METHODS
-from omniopd.unloaded import Unloaded
+from omniopd.unloaded import method_of
 
 MAY_DIFFER = ("method", "train", "teacher", "judge")
 Control = Literal["", "shuffled", "length"]
@@ -164,13 +161,3 @@ def length_matched(variant: Variant, baseline: Variant, tokens: float) -> Varian
 def extends(config: RunConfig, baseline: RunConfig) -> bool:
     """Whether a method is a variant of the baseline's, so that what both learn from can be compared in tokens."""
     return issubclass(METHODS.get(config.method.name), METHODS.get(baseline.method.name))
-
-
-def method_of(config: RunConfig) -> Method:
-    """The config's method, made without the student's weights.
-
-    Raises:
-        OmniError: the student's tokenizer does not load, or parts can't be joined.
-    """
-    vocabulary = ChatTemplate.load(config.student.path, "student.path", StudentError).vocabulary
-    return compose(config.method, Unloaded(vocabulary), config.seed, group=config.train.rollouts_per_prompt)

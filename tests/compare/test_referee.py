@@ -17,10 +17,11 @@ from omniopd.cli import main
 from omniopd.compare import compare
 from omniopd.compare.panels import mean_curve
 from omniopd.compare.results import gain_per_million, pooled
-from omniopd.compare.runs import misfit, read, run
+from omniopd.compare.runs import read, run
 from omniopd.compare.variants import config_of, read_variants
 from omniopd.config import RunConfig, load_config
 from omniopd.errors import ConfigError
+from omniopd.unloaded import misfit
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "demo"

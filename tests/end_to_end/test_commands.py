@@ -15,6 +15,7 @@ from omniopd import distill, load_config
 from omniopd.cli import main
 from omniopd.run import Run
 
+SIBLING = Path(__file__).resolve().parents[2] / "examples" / "demo" / "sibling"
 SHARED = Path(os.environ.get("OMNIOPD_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 
 
@@ -113,6 +114,17 @@ def test_controls_run_every_placebo_and_keep_finished_ones(
     calls = len(teacher.bodies)
     assert main(arguments) == 0
     assert len(teacher.bodies) == calls
+
+
+def test_controls_of_which_one_would_be_refused_spend_nothing(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The student itself is served as text, and the part reads log-probs."""
+    weights = f"teacher={{type: transformers, path: {SIBLING}}}"
+    assert main(["controls", config, weights, "method.parts=[trust_region]"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "the run 'self' (its teacher, the student, is served as text) would be refused: method: needs" in line
+    assert not list((tmp_path / "run").glob("*-*"))
 
 
 def test_distill_from_python(settings: dict[str, Any]) -> None:
