@@ -144,12 +144,13 @@ class Referee:
     def _length(self, variant: Variant) -> Variant | None:
         """Plain distillation cut to the method's length, where that is clearly shorter."""
         baseline, seed = self.methods[0], self.seeds[0]
-        if variant is baseline or not extends(self.config(variant, seed), self.config(baseline, seed)):
+        config, base = self.config(variant, seed), self.config(baseline, seed)
+        if variant is baseline or not extends(config, base):
             return None
         own, plain = (_lengths(self.rows[one.label][seed]) for one in (variant, baseline))
         if not own or not plain or all(a >= SHORTER * b for a, b in zip(own, plain, strict=True)):
             return None
-        return length_matched(variant, baseline, own[1])
+        return length_matched(variant, baseline, own[1], config, base)
 
     def _write(self) -> dict[str, Any]:
         """Both files, from all rows so far."""

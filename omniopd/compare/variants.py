@@ -150,11 +150,17 @@ def shuffled(variant: Variant, config: RunConfig) -> Variant | None:
     return Variant(f"{variant.label} (shuffled)", settings, "shuffled", variant.label)
 
 
-def length_matched(variant: Variant, baseline: Variant, tokens: float) -> Variant:
-    """The baseline, cut to the tokens a rollout from which a method learned."""
+def length_matched(variant: Variant, baseline: Variant, tokens: float, config: RunConfig, plain: RunConfig) -> Variant:
+    """The baseline in the form that a method has it, without its parts, cut to the tokens a rollout from which it learned.
+
+    Args:
+        config, plain: of the method and of the baseline, which it extends.
+    """
+    own, usual = config.method.model_dump(mode="json"), plain.method.model_dump(mode="json")
+    form = {key: own[key] for key in usual if key not in ("name", "parts", "control") and own[key] != usual[key]}
     method = baseline.settings["method"]
-    horizon = {"name": "horizon", "tokens": max(1, round(tokens))}
-    settings = {**baseline.settings, "method": {**method, "parts": [*method.get("parts", []), horizon]}}
+    parts = [*method.get("parts", []), {"name": "horizon", "tokens": max(1, round(tokens))}]
+    settings = {**baseline.settings, **variant.settings, "method": {**method, **form, "parts": parts}}
     return Variant(f"{variant.label} (length)", settings, "length", variant.label)
 
 

@@ -45,8 +45,8 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
         )
     if "length" in controls:
         yield (
-            f"(length) is {found['baseline']} with rollouts cut to the tokens from which the method learns, where that "
-            "writes or learns fewer than 90 % of the tokens."
+            f"(length) is {found['baseline']}, in the method's form, with rollouts cut to the tokens from which the method "
+            "learns, where that writes or learns fewer than 90 % of the tokens."
         )
     if controls - {""}:
         yield "A method that does not beat its controls owes its gain to something else than its choice."

@@ -131,12 +131,25 @@ def test_a_method_that_decides_something_has_a_shuffled_control(base: RunConfig)
     assert resolved(base, placebo).method.control == "none"
 
 
+def test_the_length_control_has_the_form_and_the_rate_of_its_method(base: RunConfig) -> None:
+    """Else it would lay the gain of a dense form to the part beside it."""
+    opd = read_variants("opd")[0]
+    block = {"name": "trb", "parts": [{"name": "teachability", "rho": 0.5}], "control": "shuffled"}
+    dense = Variant("dense", {"method": block, "train": {"learning_rate": 5e-4}})
+    config = resolved(base, length_matched(dense, opd, 4, resolved(base, dense), resolved(base, opd)))
+    method = config.method
+    assert (method.name, method.form, method.support, method.k) == ("opd", "dense", "student", 16)
+    assert (method.control, [part.name for part in method.parts]) == ("none", ["horizon"])
+    assert (config.train.learning_rate, config.train.steps) == (5e-4, 5)
+
+
 def test_the_length_control_is_the_baseline_with_a_horizon(base: RunConfig) -> None:
     opd, fire = read_variants("opd,fire")
-    control = length_matched(fire, opd, 12.6)
+    control = length_matched(fire, opd, 12.6, resolved(base, fire), resolved(base, opd))
     assert (control.label, control.of) == ("fire (length)", "fire")
     config = resolved(base, control)
     assert config.method.name == "opd"
     assert [(part.name, part.tokens) for part in config.method.parts] == [("horizon", 13)]
+    assert control.settings == {"method": {"name": "opd", "parts": [{"name": "horizon", "tokens": 13}]}}
     assert extends(resolved(base, fire), resolved(base, opd))
     assert not extends(resolved(base, opd), resolved(base, fire))
