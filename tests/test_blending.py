@@ -68,7 +68,9 @@ def test_the_whole_way_and_its_small_budget_slope() -> None:
     assert variance == pytest.approx(1.666089, abs=1e-6)
     for eps, rough in ((0.001, 0.034647), (0.01, 0.109563), (0.05, 0.244991), (0.5, 0.774731)):
         assert math.sqrt(2 * eps / variance) == pytest.approx(rough, abs=1e-6)
-    assert trb_mix(S, T, 1e-8)[1].item() == pytest.approx(math.sqrt(2e-8 / variance), rel=1e-3)
+    mixed, beta = trb_mix(S, T, 1e-8)
+    assert beta.item() == pytest.approx(math.sqrt(2e-8 / variance), rel=1e-3)
+    assert (kl(S, T) - kl(mixed, T)).item() == pytest.approx(math.sqrt(2e-8 * variance), rel=1e-3)  # what eps buys
 
 
 def test_the_budgets_derivative_is_beta_times_a_variance() -> None:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toy import STUDENT, P, finite_differences, value_and_gradient
+from toy import STUDENT, TEACHER, P, finite_differences, value_and_gradient
 
-from omniopd.losses import entropy, importance_ratio, logp_at, token_logp, token_nll
+from omniopd.losses import entropy, importance_ratio, log_probs, logp_at, token_logp, token_nll
 
 
 def test_o15_log_probs_at_some_ids_are_those_of_the_softmax() -> None:
@@ -26,6 +26,13 @@ def test_o15_log_probs_at_some_ids_are_those_of_the_softmax() -> None:
     ):
         assert torch.allclose(fast, truth, atol=1e-12)
     assert torch.equal(token_logp(logits, ids[:, 0]), logp_at(logits, ids)[:, 0])
+
+
+def test_golden_distributions_of_the_toy() -> None:
+    """What every other golden number of the sheets is made from."""
+    p, q = log_probs(STUDENT).exp().tolist(), log_probs(TEACHER).exp().tolist()
+    assert p == pytest.approx([0.563021, 0.207124, 0.125627, 0.076197, 0.028031], abs=6e-7)
+    assert q == pytest.approx([0.123383, 0.552966, 0.074836, 0.203425, 0.045390], abs=6e-7)
 
 
 def test_half_precision_logits_are_reduced_in_fp32_and_get_their_gradient_back_in_their_own() -> None:

@@ -48,6 +48,13 @@ def test_golden_values_and_gradients(mode: Mode, kind: Divergence, value: float,
     assert slope.tolist() == pytest.approx(gradient, abs=6e-6 if mode == "renorm" else 6e-7)
 
 
+def test_golden_masses_of_the_support_and_of_its_tail() -> None:
+    stats = stats_of(STUDENT, S, LOGQ[S], "tail_bucket")
+    masses = torch.stack([stats.student_mass, stats.teacher_mass])
+    assert masses.tolist() == pytest.approx([0.770145, 0.676349], abs=6e-7)
+    assert (1 - masses).tolist() == pytest.approx([0.229855, 0.323651], abs=6e-7)
+
+
 def slow(logits: Tensor, mode: Mode, kind: Divergence, ids: list[int], teacher: Tensor = TEACHER) -> Tensor:
     """The definitions with probabilities, one position; the detached weight has no say in the value."""
     p, q = logits.softmax(0)[ids], teacher.softmax(0)[ids]

@@ -41,6 +41,7 @@ NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "opd", "form": "dense", "divergence": "jsd", "beta": 1.0}, DENSE),
     ({"name": "bpm", "divergence": "reverse", "mask_blanks": False}, DENSE),
     ({"name": "gold", "beta": 1.0}, DENSE),
+    ({"name": "trb", "parts": [{"name": "behaviour_blend", "steps": 0}]}, dict(METHODS.get("trb").plain)),
 ]
 NEUTRAL += [
     ({"name": name, **METHODS.get(name).neutral}, dict(METHODS.get(name).plain))

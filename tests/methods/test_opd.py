@@ -224,21 +224,55 @@ def test_golden_expected_gradient_of_each_estimator(
 
 
 def test_golden_discount_0_credits_a_token_with_its_own_log_ratio_only(student: Policy) -> None:
-    """Two binary tokens, enumerated: the logit of a 1 is theta_0 first, then theta_1 after a 0 and theta_2 after a 1."""
+    """Two binary tokens, enumerated: the logit of a 1 is theta_0 first, then theta_1 after a 0 and theta_2 after a 1.
+
+    Credited with the later log-ratios as well (discount 1), it would be the gradient of the KL of whole sequences.
+    """
     theta = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64).requires_grad_()
     joint = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)
     first, second = joint.sum(1), joint / joint.sum(1, keepdim=True)
-    total = torch.zeros((), dtype=torch.float64)
+    own, later, sequence = torch.zeros(3, dtype=torch.float64)
     for one, two in ((0, 0), (0, 1), (1, 0), (1, 1)):
         logits = torch.stack([theta[0], theta[1 + one]])
         logp = torch.nn.functional.logsigmoid(torch.where(torch.tensor([one, two]) == 1, logits, -logits))
         row = replace(tiny.rollout(student, [20 + one, 30 + two]), logprobs=tuple(logp.tolist()))
         method, teacher = method_of(student), (math.log(first[one]), math.log(second[one, two]))
         evidence = scores_of(method.audit([row], 1), lambda _, t, said=teacher: said[t])  # type: ignore[misc]
-        advantage = method.read([row], evidence, 1).values_BT[0]
-        total = total + logp.sum().exp().detach() * (advantage * logp).sum()
-    (ascent,) = torch.autograd.grad(total, theta)
-    assert ascent.tolist() == pytest.approx([0.13379151, 0.11932377, -0.06295302], abs=1e-7)
+        advantage = method.read([row], evidence, 1).values_BT[0].double()
+        p = logp.sum().exp()
+        own = own + p.detach() * (advantage * logp).sum()
+        later = later + p.detach() * (advantage.flip(0).cumsum(0).flip(0) * logp).sum()
+        sequence = sequence + p * (joint[one, two].log() - logp.sum())  # - KL(p || q) of both tokens
+    gradients = [torch.autograd.grad(total, theta, retain_graph=True)[0] for total in (own, later, sequence)]
+    assert gradients[0].tolist() == pytest.approx([0.13379151, 0.11932377, -0.06295302], abs=1e-7)
+    assert gradients[1].tolist() == pytest.approx([0.16908890, 0.11932377, -0.06295302], abs=1e-7)
+    assert gradients[1].tolist() == pytest.approx(gradients[2].tolist(), abs=1e-7)
+
+
+def test_golden_a_baseline_keeps_the_mean_and_need_not_lower_the_variance(student: Policy) -> None:
+    """Of the one-sample gradient, by its trace: why no baseline is taken off the advantages."""
+    p, advantage = STUDENT_LOGITS.softmax(-1), every_token(student)
+    score = torch.eye(5, dtype=torch.float64) - p  # grad log p(y), row by row
+
+    def moments(each: Tensor) -> tuple[Tensor, float]:
+        mean = p @ (each[:, None] * score)
+        return mean, float(p @ (each[:, None] * score - mean).square().sum(1))
+
+    baseline = (p * advantage).sum()
+    (plain, spread), (shifted, wider) = moments(advantage), moments(advantage - baseline)
+    assert float(baseline) == pytest.approx(-0.6280302556, abs=1e-7)
+    torch.testing.assert_close(plain, shifted, atol=1e-12, rtol=0)
+    assert (spread, wider) == pytest.approx((0.284402, 0.545929), abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"estimator": "k2"}, {"estimator": "k3"}])
+def test_a_token_that_both_find_equally_likely_has_exactly_no_advantage(
+    student: Policy, config: dict[str, Any]
+) -> None:
+    rows, method = rows_of(student), method_of(student, **config)
+    signal = method.read(rows, scores_of(method.audit(rows, 1), lambda row, t: rows[row].logprobs[t]), 1)
+    assert bool(torch.cat(signal.mask_BT).all())
+    assert not bool(torch.cat(signal.values_BT).any())
 
 
 def test_a_hole_costs_its_own_token(student: Policy) -> None:

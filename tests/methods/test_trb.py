@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from scored_by import scored
 
-from omniopd.blending import BETA, LEFT, SPENT, STUDENT
+from omniopd.blending import BETA, LEFT, SPENT, STUDENT, Blend, Guide
 from omniopd.composition import compose
 from omniopd.config import load_config
 from omniopd.errors import ConfigError
@@ -120,6 +122,25 @@ def test_what_it_needs_and_refuses(student: Policy) -> None:
         built(student, name="omniopd", parts=["behaviour_blend"])
     with pytest.raises(ValidationError, match="budget"):
         built(student, parts=[{"name": "behaviour_blend", "budget": -1}])
+
+
+def test_from_step_k_on_rollouts_are_the_students_own_to_the_last_bit(student: Policy, teacher: Policy) -> None:
+    method = built(student, parts=[{"name": "behaviour_blend", "budget": 0.5, "steps": 2}])
+    prompts = {row: tiny.prompt(f"{row} + 1?", str(row)) for row in range(4)}
+    weights: Any = SimpleNamespace(
+        guide=Guide(teacher.causal_lm, teacher.end_ids, lambda prompt: teacher.prompt_ids(prompt), nullcontext())
+    )
+
+    def written(step: int, budget: float) -> dict[int, Rollout]:
+        rows: dict[int, Rollout] = {}
+        blend = Blend.of(weights, budget, student.end_id)
+        tiny.sampler(student).fill(prompts, step, rows.__setitem__, {}, blend)
+        return rows
+
+    for step, own in ((1, False), (2, False), (3, True), (9, True)):
+        blended, plain = written(step, method.budget(step)), written(step, 0.0)
+        assert (blended == plain) == own
+        assert all((STUDENT in row.facts) != own for row in blended.values())
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -12,9 +12,11 @@ import pytest
 import tiny
 import torch
 from answered import answers, begun, built, heard
-from scored_by import scored
+from scored_by import scored, scores_of
 from torch import Tensor
 
+from omniopd import losses
+from omniopd.composition import compose
 from omniopd.errors import ConfigError
 from omniopd.parts.teacher_prefix import cosine_length
 from omniopd.parts.trust_region import trust
@@ -133,6 +135,18 @@ def test_the_outliers_divergence_has_its_golden_value_and_a_bounded_gradient() -
     torch.testing.assert_close(slope, expected, atol=1e-9, rtol=0)
     assert float(slope.abs().sum()) == pytest.approx(1.105) and float(slope.abs().sum()) <= 2 * 0.85
     assert forward_kl(T, S, 4)[0] == pytest.approx(0.602373, abs=1e-6)
+    assert float(losses.forward_kl(T.log(), S.log())) == pytest.approx(0.602373, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 11])
+def test_the_outliers_gradient_in_closed_form(k: int) -> None:
+    """`m S_j - T_j` for the j that the teacher named, `m S_j` for the others, m their mass: at most 2m in all."""
+    generator = torch.Generator().manual_seed(k)
+    s, t = torch.randn(2, 11, generator=generator, dtype=torch.float64).mul(3).softmax(-1)
+    named = torch.zeros(11, dtype=torch.float64).index_fill(0, t.topk(k).indices, 1.0)
+    mass, slope = (t * named).sum(), forward_kl(t, s, k)[1]
+    torch.testing.assert_close(slope, mass * s - t * named, atol=1e-12, rtol=0)
+    assert float(slope.abs().sum()) <= 2 * float(mass) + 1e-12
 
 
 def test_it_may_be_negative_and_is_not_bounded_above() -> None:
@@ -162,9 +176,10 @@ def test_expected_ascent_of_the_three_losses() -> None:
 # ------------------------------------------------------------------ the region in a step
 
 
-def test_a_teacher_that_is_the_student_trusts_everything(student: Policy) -> None:
+@pytest.mark.parametrize("region", ["bernoulli", "soft", "static"])
+def test_a_teacher_that_is_the_student_trusts_everything(student: Policy, region: str) -> None:
     rows = rows_of(student)
-    method = built(student, {"name": "opd", "parts": [REGION]})
+    method = built(student, {"name": "opd", "parts": [REGION | {"region": region}]})
     asked = method.audit(rows, 1)
     same = [replace(scored(student, q), logprobs=rows[q.row].logprobs) for q in asked]  # type: ignore[arg-type]
     signal = method.read(rows, same, 1)
@@ -204,19 +219,42 @@ def test_clip_bounds_from_below_and_mask_leaves_nothing_in_n(student: Policy, te
     assert bool(torch.cat(masked.mask_BT).all()) and not masked.targets and not clipped.targets
 
 
-def test_coins_depend_on_run_step_row_and_place_alone(student: Policy, teacher: Policy) -> None:
-    rows = rows_of(student)
+def test_coins_depend_on_run_step_prompt_and_place_alone(student: Policy, teacher: Policy) -> None:
+    torch.manual_seed(4)
+    rows = [
+        tiny.rollout(student, torch.randint(5, 200, (n,)).tolist(), tiny.prompt(name=name))
+        for n, name in ((13, "a"), (5, "a"), (9, "b"), (8, "b"))
+    ]
     method = built(student, {"name": "opd", "parts": [REGION]})
     found = heard(method, teacher, rows)
     one, again = method.read(rows, found, 1), method.read(rows, found[::-1], 1)
     other = method.read(rows, found, 2)
     assert all(torch.equal(a, b) for a, b in zip(one.values_BT, again.values_BT, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one.values_BT, other.values_BT, strict=True))
+    turned = method.read(rows[2:] + rows[:2], heard(method, teacher, rows[2:] + rows[:2]), 1)
+    for name in ("values_BT", "weights_BT"):
+        moved = getattr(turned, name)
+        assert all(torch.equal(a, b) for a, b in zip(getattr(one, name), moved[2:] + moved[:2], strict=True))
     twins = [rows[0], rows[0]]
     apart = method.read(twins, heard(method, teacher, twins), 1)
     assert not torch.equal(apart.values_BT[0], apart.values_BT[1])
     alone = method.read(rows[:2], [e for e in found if e.query.row < 2], 1)
     assert all(torch.equal(a, b) for a, b in zip(one.values_BT[:2], alone.values_BT, strict=True))
+    elsewhere = compose(method.objective, student, 1).read(rows, found, 1)
+    assert not all(torch.equal(a, b) for a, b in zip(one.values_BT, elsewhere.values_BT, strict=True))
+
+
+@pytest.mark.parametrize("region", ["bernoulli", "soft"])
+def test_the_logs_trusted_share_estimates_one_less_the_total_variation(student: Policy, region: str) -> None:
+    """Tokens drawn from S at 2,000 places, judged by T: the share is within 4 standard errors of 1 - TV = 0.5."""
+    draws = torch.multinomial(S, 2000, True, generator=torch.Generator().manual_seed(3))
+    row = replace(
+        tiny.rollout(student, [20]), ids=tuple((20 + draws).tolist()), logprobs=tuple(S.log()[draws].tolist())
+    )
+    method = built(student, {"name": "opd", "parts": [REGION | {"region": region, "outlier": "mask"}]})
+    said = scores_of(method.audit([row], 1), lambda _, t: T.log()[draws[t]].item())
+    share = method.read([row], said, 1).stats["trusted_share"]
+    assert share == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5) and share != 0.5
 
 
 @pytest.mark.parametrize("budget", [20, 4000])

@@ -148,6 +148,22 @@ def test_r1_nothing_precedes_the_first_token_of_all() -> None:
     assert whole.since(1).logprobs == rest.logprobs and whole.since(1).top == rest.top
 
 
+def test_r1_a_teacher_that_foretells_the_next_token_gives_it_all_but_a_millionth() -> None:
+    """After token i it expects i + 1: no layers, a word is its own direction, the head turns it by one. Read one place off,
+    its numbers would be near -20."""
+    width = len(tiny.byte_level())
+    model = tiny.model(tiny.byte_level(), hidden_size=width, num_hidden_layers=0)
+    sure = math.log((width - 1) * (1 - 1e-6) / 1e-6) / math.sqrt(width)  # a one-hot row's norm becomes sqrt(width)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.eye(width))
+        model.get_output_embeddings().weight.copy_(sure * torch.eye(width).roll(1, 0))
+    logits = logits_of(model)
+    assert logits is not None
+    rows = [Given(tuple(range(start, start + 12)), cut) for start, cut in ((5, 4), (40, 1), (100, 7))]
+    for row, found in zip(rows, forward.score(model, logits, rows, batch_tokens=100), strict=True):
+        assert found.logprobs == pytest.approx([-1e-6] * (12 - row.start), rel=0.3)
+
+
 def test_r6_r7_the_temperature_of_writing_moves_no_score(tiny_folder: Folder, make: Any) -> None:
     path = tiny_folder()
     plain, cool = make(path), make(path, temperature=0.7, top_p=0.5)
