@@ -2,14 +2,16 @@
 
     a_i = mean_t log q_t(y_t);    keep_i = [a_i >= Quantile_rho({a_j})]                                  [official code]
 
-The quantile is over the whole step, of all processes; the released scripts take it inside micro-batches of one, where it
-drops nothing. Ties at the threshold are kept [ours]. Where verdicts route rollouts (`correctness_router`), only those that
-learn from the teacher are filtered.
+The quantile is over the whole step, of all processes, apart for each of several teachers, whose scales differ [ours]; the
+released scripts take it inside micro-batches of one, where it drops nothing. Ties at the threshold are kept [ours]. Where
+verdicts route rollouts (`correctness_router`), only those that learn from the teacher are filtered.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +21,8 @@ from omniopd.draft import Draft
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import PARTS
 from omniopd.scored import nats
+
+log = logging.getLogger(__name__)
 
 
 class TrajectoryFilterSettings(PartSettings):
@@ -44,10 +48,30 @@ class TrajectoryFilter(Part):
 
     def apply(self, draft: Draft) -> None:
         """See `Part`."""
-        rows = [row for row in draft.rows if row not in draft.likelihood and row in draft.scores]
-        if not rows:
-            return
-        scores = torch.stack([nats(draft.scores[row].logprobs).nanmean() for row in rows])
-        threshold = float(scores.quantile(self.config.drop))  # linear interpolation, as numpy's
-        draft.drop([row for row, a in zip(rows, scores.tolist(), strict=True) if not a >= threshold])
-        draft.note(filter_threshold=threshold if math.isfinite(threshold) else None)
+        means: dict[str, dict[int, float]] = {}  # by teacher and row
+        for row in draft.rows:
+            if row in draft.likelihood or row not in draft.scores:
+                continue
+            mean = float(nats(draft.scores[row].logprobs).nanmean())
+            if not math.isnan(mean):
+                means.setdefault(draft.scores[row].teacher, {})[row] = mean
+        thresholds = {name: least_kept(list(own.values()), self.config.drop) for name, own in means.items()}
+        draft.drop([row for name, own in means.items() for row, mean in own.items() if mean < thresholds[name]])
+        if alone := [name for name, own in means.items() if len(own) == 1]:
+            log.warning(
+                "step %d: trajectory_filter drops nothing of one rollout%s; raise train.prompts_per_step",
+                draft.step,
+                f" of teacher {', '.join(alone)}" if any(alone) else "",
+            )
+        (only,) = thresholds.values() if len(thresholds) == 1 else (math.nan,)
+        draft.note(filter_threshold=only if math.isfinite(only) else None)
+
+
+def least_kept(means: Sequence[float], drop: float) -> float:
+    """`Quantile_drop` of mean log-probs [n], in nats, by linear interpolation.
+
+    Between -inf (a token that the teacher rules out) and a number it is that number: what is impossible goes first.
+    """
+    ordered = torch.tensor(means, dtype=torch.float64)
+    threshold = float(ordered.quantile(drop))
+    return threshold if math.isfinite(threshold) else float(ordered.quantile(drop, interpolation="higher"))
