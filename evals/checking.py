@@ -38,11 +38,11 @@ def extract(text: str, numeric: bool = False) -> str | None:
     return _after_hashes(text) or _boxed(text) or _stated(text, numeric) or last_number(text)
 
 
-def is_right(reference: str, text: str) -> bool:
+def is_right(reference: str, text: str) -> bool | None:
     """Whether the final answer in the text equals the reference, a bare answer or a worked solution that ends in one.
 
     Two numbers are compared exactly, whatever their spelling; units and currency are ignored, and 50% equals 50 and
-    0.5. Words are compared as strings. Everything else goes to math-verify, and is wrong if that takes too long.
+    0.5. Words are compared as strings. Everything else goes to math-verify; None if that takes too long.
 
     Raises:
         RunError: math-verify is needed and can't be started.
@@ -53,7 +53,7 @@ def is_right(reference: str, text: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _same(reference: str, answer: str) -> bool:
+def _same(reference: str, answer: str) -> bool | None:
     wanted, given = read(reference), read(answer)
     if wanted is not None and given is not None:
         return wanted.equals(given)

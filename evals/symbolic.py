@@ -32,8 +32,8 @@ class Verifier:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def equal(self, reference: str, answer: str) -> bool:
-        """Whether the two LaTeX (or plain) expressions are equal; False if that can't be decided in time.
+    def equal(self, reference: str, answer: str) -> bool | None:
+        """Whether the two LaTeX (or plain) expressions are equal; None if that can't be decided in time.
 
         Raises:
             RunError: the helper process can't be started.
@@ -43,7 +43,12 @@ class Verifier:
             reply = _ask(process, json.dumps([reference, answer]), self.seconds)
             if reply is None:
                 self._stop()
-                _log.warning("answer %r counts as wrong: not decided in %g s", answer, self.seconds)
+                _log.warning(
+                    "answer %r: not decided in %g s; wrong when measured, no verdict to learn from",
+                    answer,
+                    self.seconds,
+                )
+                return None
             return reply == "true"
 
     def close(self) -> None:
@@ -96,7 +101,7 @@ atexit.register(_VERIFIER.close)
 
 
 @lru_cache(maxsize=4096)  # a batch repeats its answers, and a slow one should be slow only once
-def equal(reference: str, answer: str) -> bool:
+def equal(reference: str, answer: str) -> bool | None:
     """`Verifier.equal` of the process that this program shares.
 
     Raises:

@@ -24,8 +24,9 @@ class Task(Protocol):
         """What to measure with; may be empty."""
         ...
 
-    def check(self, prompt: Prompt, text: str) -> bool:
-        """Whether `text` answers the prompt rightly.
+    def check(self, prompt: Prompt, text: str) -> bool | None:
+        """Whether `text` answers the prompt rightly; None where that can't be decided: wrong when measured, and no verdict
+        to learn from.
 
         Raises:
             ConfigError: the task has no reference answer to check against.

@@ -14,8 +14,8 @@ from omniopd.vocabulary import Vocabulary
 Facts = Mapping[str, Sequence[float]]
 """Numbers by name, each [T] of one rollout."""
 
-Check = Callable[[Prompt, str], bool]
-"""The task's verifier: whether a text answers the prompt rightly."""
+Check = Callable[[Prompt, str], bool | None]
+"""The task's verifier: whether a text answers the prompt rightly; None where it can't decide."""
 
 
 class StudentText(Protocol):
@@ -167,7 +167,7 @@ class Method:
         return {}
 
     def verdict(self, rollout: Rollout) -> bool | None:
-        """Whether a rollout is right; None where its prompt has no reference, or it was cut."""
+        """Whether a rollout is right; None where its prompt has no reference, it was cut, or the verifier can't decide."""
         if self.check is None or rollout.prompt.reference is None or rollout.finish == "length":
             return None
         return self.check(rollout.prompt, rollout.text)

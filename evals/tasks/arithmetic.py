@@ -140,7 +140,7 @@ class Arithmetic:
         self.train = _prompts("train", config.seed, config.train_size)
         self.heldout = _prompts("heldout", config.seed, config.heldout_size)
 
-    def check(self, prompt: Prompt, text: str) -> bool:
+    def check(self, prompt: Prompt, text: str) -> bool | None:
         """Whether the text's final answer is the number asked for."""
         return is_right(str(prompt.reference), text)
 

@@ -44,7 +44,7 @@ class Gsm8k:
         self.train = train[: config.train_size]
         self.heldout = heldout[: config.heldout_size]
 
-    def check(self, prompt: Prompt, text: str) -> bool:
+    def check(self, prompt: Prompt, text: str) -> bool | None:
         """Whether the text's final answer is the number after the `####` of the solution."""
         return is_right(str(prompt.reference), text)
 

@@ -70,7 +70,7 @@ class Jsonl:
             train, heldout = hold_out(train, config.heldout_size, config.path)
         self.train, self.heldout = train[: config.train_size], heldout
 
-    def check(self, prompt: Prompt, text: str) -> bool:
+    def check(self, prompt: Prompt, text: str) -> bool | None:
         """Whether the text's final answer equals the reference answer.
 
         Raises:

@@ -71,7 +71,7 @@ class OrpoDistill(Paired):
 
     def usable(self, prompt: Prompt, reply: Reply) -> bool:
         """See `Paired`: it must be right."""
-        return self.check is not None and prompt.reference is not None and self.check(prompt, reply.text)
+        return self.check is not None and prompt.reference is not None and bool(self.check(prompt, reply.text))
 
     def unfit(self, rollout: Rollout) -> str:
         """See `Paired`: it must be wrong."""

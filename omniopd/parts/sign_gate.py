@@ -11,6 +11,8 @@ differences against R does not. R is the student that wrote ("old": A_t = lam_t 
 ("init"), of which an agreeing token may at most lose its advantage, never turn it round.
 
 Extrapolation also stretches what is extreme: join it with `trust_region`, whose regions and bounds come after the gate.
+Between tokenizers (`dpca`, reference "old") a token's advantage is its part of its chunk's and has the chunk's sign, so that
+gating the parts is gating the chunk; only the band is one of the part [ours].
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class SignGate(Part):
     def apply(self, draft: Draft) -> None:
         """See `Part`."""
         agreed: dict[bool, list[Tensor]] = {True: [], False: []}
-        unknown = 0
+        unknown, names = 0, draft.names()
         for row in draft.rows:
             if row in draft.likelihood:
                 continue
@@ -98,7 +100,7 @@ class SignGate(Part):
             agreed[right].append(agrees[mask])
             lam = coefficients(ratio, agrees, self.config.lam_hi, self.config.lam_lo, self.config.band)
             if self.config.placebo == "random":
-                lam = self._anywhere(lam, mask, draft.step, row)
+                lam = self._anywhere(lam, mask, draft.step, names[row])
             draft.advantage[row] = gated(ratio, away, lam, agrees)
         draft.note(
             gate_agree_right=_share(agreed[True]), gate_agree_wrong=_share(agreed[False]), gate_unknown=float(unknown)
@@ -111,10 +113,10 @@ class SignGate(Part):
         initial = draft.facts(row, INITIAL)
         return None if initial is None or row not in draft.scores else nats(draft.scores[row].logprobs) - initial
 
-    def _anywhere(self, lam: Tensor, mask: Tensor, step: int, row: int) -> Tensor:
+    def _anywhere(self, lam: Tensor, mask: Tensor, step: int, name: tuple[str, int]) -> Tensor:
         """The coefficients of the learned tokens in random order."""
         places = mask.nonzero()[:, 0].tolist()
-        order = random.Random(named_seed(self.seed, "sign_gate", step, row)).sample(places, len(places))
+        order = random.Random(named_seed(self.seed, "sign_gate", step, *name)).sample(places, len(places))
         return lam.index_copy(0, torch.tensor(places, dtype=torch.long), lam[order])
 
 

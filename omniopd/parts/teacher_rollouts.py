@@ -116,7 +116,7 @@ class TeacherRollouts(Part):
             return False
         if self.config.accept == "all":
             return True
-        return self.check is not None and prompt.reference is not None and self.check(prompt, reply.text)
+        return self.check is not None and prompt.reference is not None and bool(self.check(prompt, reply.text))
 
     def _seed(self, step: int, row: int) -> int:
         return named_seed(self.seed, NAME, step, row) % 2**31

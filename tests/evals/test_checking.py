@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from evals import symbolic
 from evals.checking import extract, is_right
 
 
@@ -113,6 +114,13 @@ def test_what_only_looks_right(reference: str, answer: str) -> None:
 )
 def test_expressions_go_to_math_verify(reference: str, answer: str, right: bool) -> None:
     assert is_right(reference, rf"\boxed{{{answer}}}") is right
+
+
+def test_what_is_not_decided_in_time_is_neither_right_nor_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symbolic, "equal", lambda reference, answer: None)
+    assert is_right("undecided+1", r"\boxed{undecided^2}") is None
+    assert is_right("undecided+1", "I do not know") is False
+    assert is_right("12", r"\boxed{13}") is False
 
 
 def test_expressions_in_threads() -> None:

@@ -41,6 +41,13 @@ def test_an_evaluation() -> None:
     assert result == evaluate(task, task.heldout, _even_right, 64)
 
 
+def test_what_can_not_be_decided_counts_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = _Task()
+    monkeypatch.setattr(task, "check", lambda prompt, text: None if prompt.id == "p0" else True)
+    result = evaluate(task, task.heldout, _even_right)
+    assert result.correct == (False, True, True, True, True) and result.samples[0].correct is False
+
+
 def test_json_and_back() -> None:
     task = _Task()
     result = evaluate(task, task.heldout, _even_right)

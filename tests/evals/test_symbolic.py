@@ -11,12 +11,12 @@ from evals import symbolic
 from omniopd.errors import RunError
 
 
-def test_an_endless_expression_is_wrong_and_the_next_is_answered() -> None:
+def test_an_endless_expression_is_not_decided_and_the_next_is_answered() -> None:
     verifier = symbolic.Verifier(seconds=1.0)
     try:
         assert verifier.equal("x+1", "1+x")
         began = time.perf_counter()
-        assert not verifier.equal("5", "9^{9^{9^{9}}}")
+        assert verifier.equal("5", "9^{9^{9^{9}}}") is None
         assert time.perf_counter() - began < 10
         assert verifier.equal("x+2", "2+x")
     finally:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,14 @@ def test_a_coefficient_of_one_keeps_every_bit() -> None:
     assert gated(one(0.5), one(math.nan), one(1.8), torch.tensor([True])).item() == 0.5  # a hole in R moves nothing
 
 
+def test_the_form_with_two_differences_against_r_does_not_keep_them() -> None:
+    """Of float32 triples of uniform probabilities more than a quarter are off: the sheet's 29%."""
+    torch.manual_seed(0)
+    t, s, r = torch.rand(3, 100_000).log().unbind()
+    assert float(((t - r) - (s - r) != t - s).double().mean()) == pytest.approx(0.29, abs=0.015)
+    assert torch.equal(gated(t - s, t - r, torch.ones(100_000), t > s), t - s)
+
+
 def test_an_agreeing_token_never_turns_round() -> None:
     ratio, away = torch.tensor([0.5, -0.5, 0.5]), torch.tensor([-9.0, 9.0, -9.0])
     agrees = torch.tensor([True, True, False])
@@ -132,6 +141,33 @@ def test_verdicts_decide_and_an_unknown_one_leaves_the_row_alone(student: Policy
     assert signal.stats["gate_unknown"] == 1.0
     shares = [float(agreement(plain.values_BT[row], row == 0).double().mean()) for row in (0, 1)]
     assert [signal.stats["gate_agree_right"], signal.stats["gate_agree_wrong"]] == pytest.approx(shares)
+
+
+def test_a_verifier_that_can_not_decide_is_no_verdict(student: Policy, teacher: Policy) -> None:
+    """One that times out says nothing; that is not the same as wrong."""
+    plain, signal = read(student, teacher), read(student, teacher, GATE, check=lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(plain.values_BT, signal.values_BT, strict=True))
+    assert signal.stats["gate_unknown"] == 3.0
+    method = built(student, {"name": "opd", "parts": [PHASED]}, lambda *_: None)
+    rows, _ = begun(method, student, [asked("12 + 7")] * 4, say)
+    assert all(len(rollout) for rollout in rows)
+
+
+def test_tokens_that_the_teacher_did_not_score_are_masked_and_no_ratio_of_zero(
+    student: Policy, teacher: Policy
+) -> None:
+    rows = rows_of(student)
+    method = built(student, {"name": "opd", "parts": [GATE]}, right)
+    found = [s for s in heard(method, teacher, rows) if isinstance(s, TokenScores)]
+    whole = method.read(rows, found, 1)
+    holed = [replace(found[0], logprobs=(*found[0].logprobs[:3], math.nan, *found[0].logprobs[4:])), *found[1:]]
+    signal = method.read(rows, holed, 1)
+    others = [t for t in range(len(rows[0])) if t != 3]
+    assert signal.mask_BT[0].tolist() == [t != 3 for t in range(len(rows[0]))]
+    assert torch.equal(signal.values_BT[0][others], whole.values_BT[0][others])
+    assert signal.rejects["missing"] == 1
+    ratio = read(student, teacher).values_BT[0][others]
+    assert signal.stats["gate_agree_right"] == pytest.approx(float((ratio > 0).double().mean()))
 
 
 @pytest.mark.parametrize("outcome", [True, False])
@@ -192,6 +228,59 @@ def test_the_random_gate_keeps_the_coefficients_of_each_rollout(student: Policy,
         assert sorted(lams[0]) == pytest.approx(sorted(lams[1]), rel=1e-5) and lams[0] != pytest.approx(lams[1])
     assert read(student, teacher, gate | {"placebo": "random"}).values_BT[0].tolist() == random.values_BT[0].tolist()
     assert real.stats["gate_agree_right"] == random.stats["gate_agree_right"]
+
+
+def test_the_random_gate_draws_by_prompt_whatever_the_order_of_rows(student: Policy, teacher: Policy) -> None:
+    gate = {"name": "opd", "parts": [GATE | {"lam_lo": 0.25, "placebo": "random"}]}
+    rows, method = rows_of(student), built(student, gate, right)
+    there = method.read(rows, heard(method, teacher, rows), 1).values_BT
+    back = method.read(rows[::-1], heard(method, teacher, rows[::-1]), 1).values_BT
+    assert all(torch.equal(a, b) for a, b in zip(there, back[::-1], strict=True))
+
+
+@pytest.mark.parametrize("outlier", ["mask", "clip"])
+def test_trust_is_of_the_raw_ratio_and_the_clamp_comes_after_the_gate(
+    student: Policy, teacher: Policy, outlier: str
+) -> None:
+    region = {"name": "trust_region", "region": "static", "tau": -1.0, "outlier": outlier}
+    plain, signal = read(student, teacher), read(student, teacher, region, GATE)
+    for row in (0, 1):
+        ratio = plain.values_BT[row].double()
+        gate = ratio * coefficients(ratio, agreement(ratio, row == 0), 1.8, 1.0, 0.01)
+        outside = 0.0 if outlier == "mask" else gate.clamp(min=-1.0)
+        torch.testing.assert_close(signal.values_BT[row], gate.where(ratio > -1.0, outside).float())
+        assert bool((ratio <= -1.0).any()) and bool((ratio > -1.0).any())
+    order = built(student, {"name": "opd", "parts": ["whiten", region, GATE]}).parts  # type: ignore[attr-defined]
+    assert [part.config.name for part in order] == ["sign_gate", "trust_region", "whiten"]
+
+
+@pytest.mark.parametrize("credit", ["share", "uniform", "full"])
+@pytest.mark.parametrize(("outcome", "lams"), [(True, (1.8, 0.25)), (False, (0.25, 1.8))])
+def test_between_tokenizers_it_is_a_gate_per_chunk(
+    student: Policy, credit: str, outcome: bool, lams: tuple[float, float]
+) -> None:
+    """Gating a chunk's advantage and dealing it out, or the other way round, is the same: a part has the chunk's sign.
+
+    The student writes he|re|n|i, the teacher h|er|e|n|i: chunks of advantage 1, -1 and, inside the band, 0.005.
+    """
+    ids = [student.tokenizer.convert_tokens_to_ids(piece) for piece in ("he", "re", "n", "i")]
+    row = tiny.rollout(student, ids, asked("right"), "stop")
+    row = replace(row, logprobs=(-0.5, -1.5, -1.0, -1.0))
+    config = {"name": "dpca", "openings": 0, "credit": credit}
+    plain, method = (
+        built(student, config | {"parts": parts}, lambda *_: outcome) for parts in ([], [GATE | {"lam_lo": 0.25}])
+    )
+    query: Any = replace(plain.audit([row], 1)[0], closes=False)  # type: ignore[type-var]
+    other: Any = SimpleNamespace(digest="other")
+    logprobs = (-0.3, -0.4, -0.3, -2.0, -0.995)
+    found = [TokenScores(query, (5, 6, 7, 8, 9), (1, 3, 4, 5, 6), logprobs, vocabulary=other)]
+    values = plain.read([row], found, 1).values_BT[0]
+    golden = {"share": [0.25, 0.75], "uniform": [0.5, 0.5], "full": [1.0, 1.0]}[credit]
+    assert values.tolist() == pytest.approx([*golden, -1.0, 0.005], abs=1e-6)
+    up, down = lams
+    expected = values * torch.tensor([up, up, down, 1.0])
+    torch.testing.assert_close(method.read([row], found, 1).values_BT[0], expected)
+    assert method.needs == {"score", "verify"}
 
 
 def test_the_control_deals_verdicts_to_other_rollouts(student: Policy, teacher: Policy) -> None:
@@ -289,10 +378,27 @@ def test_both_terms_are_means_over_their_own_tokens(student: Policy, teacher: Po
     assert again == pytest.approx(terms, abs=1e-6)
 
 
+def test_how_likely_the_teacher_finds_its_own_text_has_no_say(
+    student: Policy, teacher: Policy, initial: Policy
+) -> None:
+    found = [mixed(student, one) for one in (teacher, initial)]
+    assert found[0][2].branches == found[1][2].branches
+    objective = built(student, {"name": "opd"}).objective
+    terms = [Trainer(student, OptimizerSettings(), objective).accumulate(rows, signal) for rows, _, signal in found]
+    assert terms[0]["branch_loss"] == pytest.approx(terms[1]["branch_loss"], abs=1e-6)
+    assert terms[0]["value_loss"] != pytest.approx(terms[1]["value_loss"], abs=1e-2)
+
+
 def test_the_teachers_own_rollouts_are_not_scored(student: Policy, teacher: Policy) -> None:
     method = built(student, {"name": "sg_opd", "parts": [GATE, PHASED]}, nineteen)
     rows, _ = begun(method, student, [asked("12 + 7")] * 4, say)
     assert {query.row for query in method.audit(rows, 1)} == {row for row in range(4) if not falls_on(row, 0.5)}
+
+
+def test_what_is_known_of_the_published_settings_is_the_default(student: Policy) -> None:
+    phased, gate = (part.config for part in built(student, {"name": "sg_opd"}).parts)  # type: ignore[attr-defined]
+    assert (gate.lam_hi, gate.lam_lo, gate.reference, gate.band) == (1.8, 1.0, "old", 0.01)
+    assert (phased.share, phased.accept, phased.tries, phased.loss, phased.weight) == (0.5, "right", 4, "nll", 1.0)
 
 
 def test_a_text_only_method_learns_them_too(student: Policy) -> None:
