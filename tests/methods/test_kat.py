@@ -134,6 +134,9 @@ def test_kl_over_some_ids_with_a_bucket_for_the_rest_is_a_lower_bound() -> None:
     assert full(p, q) == pytest.approx(0.311239, abs=1e-6)
     assert kl(p, q, mode="partial") == pytest.approx(-0.243279, abs=1e-6)
     assert kl(p, q) <= full(p, q) + 1e-12  # equal: inside either bucket the proportions agree
+    torch.manual_seed(0)
+    for p, q in torch.randn(100, 2, 6, dtype=torch.float64).mul(2).softmax(-1).tolist():
+        assert 0 <= kl(p, q) <= full(p, q) + 1e-12
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -163,7 +166,14 @@ def test_the_earliest_stop_is_told_from_the_settings(window: int, stride: int, e
 
 
 def test_the_published_defaults_stop_no_rollout_before_384_tokens() -> None:
-    assert KlStopSettings().earliest == 384
+    found = KlStopSettings()
+    assert found.earliest == 384
+    assert (found.window, found.low_windows, found.eta, found.k, found.tokens) == (64, 4, 0.3, 64, "student")
+    assert (found.buffer, found.least, found.warmup_steps, found.step, found.free) == (4096, 512, 50, 64, 128)
+
+
+def test_four_windows_in_a_row_span_67_tokens_or_256() -> None:
+    assert [KlStopSettings(stride=stride, exempt=0).earliest for stride in (1, None)] == [67, 256]
 
 
 def test_unknown_numbers_make_no_window_low_and_impossible_ones_none_either() -> None:
@@ -203,6 +213,43 @@ def test_a_rollout_is_learned_up_to_the_cut_and_divided_by_what_is_left(student:
         v[m] * -torch.tensor(row.logprobs)[m] for v, m, row in zip(signal.values_BT, signal.mask_BT, rows, strict=True)
     ]
     assert loss == pytest.approx(float(torch.cat(values).sum()) / 6, rel=1e-4)
+
+
+def test_cutting_afterwards_learns_what_was_written_by_one_that_stopped(student: Policy) -> None:
+    rows = with_kl(student, [TRAP, [5.0] * 4, [*[5.0] * 3, *[0.1] * 6]])
+    signal = read(built(student, threshold=0.5, **SHORT), rows)
+    assert kept(signal) == [2, 4, 3]
+    stopped = [tiny.rollout(student, row.ids[:length]) for row, length in zip(rows, kept(signal), strict=True)]
+    plain = compose(METHODS.get("opd").Config(), student, 0)
+    trainer = Trainer(student, OptimizerSettings(), plain.objective)
+    afterwards = trainer.accumulate(rows, signal)["loss"]
+    online = trainer.accumulate(stopped, read(plain, stopped))["loss"]
+    assert afterwards == pytest.approx(online, rel=1e-6) and online != 0
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"low_windows": 10}, {"threshold": None, "least": 512}, {"threshold": 0.0}],
+    ids=lambda part: next(iter(part)),
+)
+def test_what_never_fires_is_plain_to_the_last_bit(student: Policy, part: dict[str, Any]) -> None:
+    """More windows than there are, too few rollouts in the buffer, a threshold that nothing is below."""
+    rows = with_kl(student, [TRAP, [0.0] * 6, []])
+    method = built(student, **{**SHORT, "threshold": 0.5, "warmup_steps": 0, **part})
+    part_of(method).buffer.extend([9.0] * 511)
+    found, plain = read(method, rows), read(compose(METHODS.get("opd").Config(), student, 0), rows)
+    assert all(torch.equal(a, b) for a, b in zip(found.values_BT, plain.values_BT, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.mask_BT, plain.mask_BT, strict=True))
+    assert kept(read(built(student, threshold=0.5, **SHORT), rows)) != kept(plain)
+
+
+def test_the_buffer_hears_of_whole_rollouts_so_that_cuts_make_it_no_lower(student: Policy) -> None:
+    """Minima over what is left of a cut rollout would drift with the cuts."""
+    method, rows = built(student, threshold=0.5, **SHORT), with_kl(student, [[5.0, 0.4, 0.4, 0.4, 5.0, 0.1, 0.1]])
+    signal = read(method, rows)
+    assert kept(signal) == [1]
+    method.after(rows, signal, 1, None)  # type: ignore[arg-type]
+    assert list(part_of(method).buffer) == pytest.approx([0.1])
 
 
 def test_until_the_buffer_is_full_enough_and_warm_up_is_over_nothing_changes(student: Policy) -> None:
