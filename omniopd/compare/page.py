@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from omniopd.compare.matrix import matrix
 from omniopd.compare.panels import legend, panels
 from omniopd.compare.results import beyond_noise
 from omniopd.compare.words import HEADS, cells, heads, notes, reason, verdict
@@ -42,6 +43,7 @@ def render(found: Mapping[str, Any]) -> str:
         else '<p class="status">Not all runs are finished; this is what there is so far.</p>',
         table=_table(found),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes(found)),
+        pairs=matrix(found) or '<p class="none">Worked out when all runs are done.</p>',
         legend=legend(found["baseline"], [one["control"] for one in found["variants"] if one["control"]]),
         charts=_charts(found) or '<p class="none">There are no evaluations to draw yet.</p>',
         settings=escape(_settings(found)),

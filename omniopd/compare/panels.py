@@ -1,17 +1,21 @@
-"""Small multiples: a panel for each method, all with the same axes, the baseline in grey in each of them."""
+"""Small multiples: a panel for each method, all with the same axes, the baseline in grey in each of them.
+
+A method that spends many times as much as most has a longer axis of its own, so that the others can be read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from omniopd.compare.results import teacher_tokens
 from omniopd.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, ticks
 from omniopd.report.formats import compact, percent
 
+FAR = 3.0  # times the median of what the methods spend: beyond it a panel has its own axis
 Point = tuple[float, float]  # what was spent, accuracy
 STYLES = {"baseline": "base", "": "c0", "shuffled": "c1", "length": "c2"}
 KEYS = {"baseline": "baseline", "": "the method", "shuffled": "shuffled", "length": "baseline of the same length"}
@@ -44,14 +48,19 @@ def panels(found: Mapping[str, Any], against: str, unit: str) -> str:
     everything = [point for curve in [baseline, *(c for panel in drawn for c in panel)] for point in _points(curve)]
     if not everything or max(x for x, _ in everything) <= 0:
         return ""
-    x = Scale(0.0, max(x for x, _ in everything), LEFT, WIDTH - RIGHT)
+    ends = [end for panel in drawn if (end := _end(panel))]
+    most = max((end for end in ends if end <= FAR * median(ends)), default=0.0)
+    most = max(most, _end([baseline]))
     y = _heights([y for _, y in everything])
     shown = [
         (method["label"], curves) for method, curves in zip(methods, drawn, strict=True) if any(map(_points, curves))
     ]
-    figures = [_panel(label, [baseline, *curves], x, y, unit) for label, curves in shown]
+    figures = [
+        _panel(label, [baseline, *curves], Scale(0.0, max(most, _end(curves)), LEFT, WIDTH - RIGHT), y, unit)
+        for label, curves in shown
+    ]
     if not figures:  # of the baseline alone
-        figures = [_panel(baseline.name, [baseline], x, y, unit)]
+        figures = [_panel(baseline.name, [baseline], Scale(0.0, most, LEFT, WIDTH - RIGHT), y, unit)]
     return f'<div class="panels">{"".join(figures)}</div>'
 
 
@@ -66,6 +75,11 @@ def _curve(variant: Mapping[str, Any], against: str, kind: str) -> Curve:
 def mean_curve(each: Sequence[Sequence[Point]]) -> list[Point]:
     """The mean of the curves at each evaluation, as far as all of them reach."""
     return [(fmean(x for x, _ in points), fmean(y for _, y in points)) for points in zip(*each, strict=False)]
+
+
+def _end(curves: Sequence[Curve]) -> float:
+    """How far along the curves reach."""
+    return max((x for curve in curves for x, _ in _points(curve)), default=0.0)
 
 
 def _points(curve: Curve) -> list[Point]:

@@ -91,7 +91,7 @@ class Referee:
                 list(pool.map(partial(self._run, seed), self.controls))
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the runs have heard too, nothing new begins
-        return self._write()
+        return self._write(pairwise=True)
 
     def _check(self) -> None:
         """Find those that do not fit, before anything is spent."""
@@ -152,12 +152,12 @@ class Referee:
             return None
         return length_matched(variant, baseline, own[1], config, base)
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self, *, pairwise: bool = False) -> dict[str, Any]:
         """Both files, from all rows so far."""
         variants = [
             one for method in self.methods for one in [method, *(c for c in self.controls if c.of == method.label)]
         ]
-        found = comparison(variants, self.rows, self.refused, self.base, self.seeds, self.name)
+        found = comparison(variants, self.rows, self.refused, self.base, self.seeds, self.name, pairwise=pairwise)
         self.base.output.mkdir(parents=True, exist_ok=True)
         path = self.base.output / "compare.json"
         draft = path.with_suffix(".json.tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
@@ -22,10 +23,13 @@ def comparison(
     base: RunConfig,
     seeds: Sequence[int],
     name: str,
+    *,
+    pairwise: bool = False,
 ) -> dict[str, Any]:
     """All runs, their means, and the differences between methods with their intervals.
 
     Each method is measured against the first, each control against the first too, and its method against it (`over_control`).
+    `pairwise`: also each method against each other, some seconds' work for many of them.
     """
     baseline = variants[0].label
     found = []
@@ -59,7 +63,18 @@ def comparison(
             for one in found
         ),
         "variants": found,
+        "pairs": pairs(rows, [one.label for one in variants if not one.control], base.seed) if pairwise else [],
     }
+
+
+def pairs(rows: Rows, labels: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """For each two methods with a finished seed in common, the accuracy of `label` less that of `than`, with its interval."""
+    found = ((label, than, pooled(rows, than, label, seed)) for than, label in combinations(labels, 2))
+    return [
+        {"label": label, "than": than, **{key: difference[key] for key in ("mean", "low", "high")}}
+        for label, than, difference in found
+        if difference
+    ]
 
 
 def means(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

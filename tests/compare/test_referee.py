@@ -19,8 +19,10 @@ from omniopd.compare.panels import mean_curve
 from omniopd.compare.results import gain_per_million, pooled
 from omniopd.compare.runs import read, run
 from omniopd.compare.variants import config_of, read_variants
+from omniopd.compare.words import difference
 from omniopd.config import RunConfig, load_config
 from omniopd.errors import ConfigError
+from omniopd.report.formats import points
 from omniopd.unloaded import misfit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +83,24 @@ def test_each_seed_runs_all_methods_and_their_controls_before_the_next(
     assert of(found, "fire (length)")["settings"]["method"]["parts"] == [
         {"name": "horizon", "tokens": 8}
     ]  # 60 / 8 rounded
+
+
+def test_each_method_is_measured_against_each_other(tmp_path: Path, runs: list[tuple[str, str, int]]) -> None:
+    found = compared(tmp_path, "opd,{name: opd, form: dense},fire", seeds=2)
+    labels = [(one["label"], one["than"]) for one in found["pairs"]]
+    assert labels == [("opd form=dense", "opd"), ("fire", "opd"), ("fire", "opd form=dense")]  # no controls
+    last = found["pairs"][-1]
+    own, dense = ([run["correct"]["after"] for run in of(found, label)["runs"]] for label in ("fire", "opd form=dense"))
+    shares = [one.count("1") / len(one) - other.count("1") / len(other) for one, other in zip(own, dense, strict=True)]
+    assert last["mean"] == pytest.approx(sum(shares) / 2)
+    assert last["low"] < last["mean"] < last["high"] < 0
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert f'title="fire less opd form=dense: {difference(last)}">{points(last["mean"])}</td>' in page
+    turned = {"mean": -last["mean"], "low": -last["high"], "high": -last["low"]}
+    assert f'class="above" title="opd form=dense less fire: {difference(turned)}">' in page
+    accuracy = {one["label"]: -one["after"] for one in found["variants"] if not one["control"]}
+    for place, label in enumerate(sorted(accuracy, key=accuracy.__getitem__), 1):  # the best first
+        assert f'<th scope="row">{place} {label}</th>' in page
 
 
 def test_without_controls_there_are_none(tmp_path: Path, runs: list[tuple[str, str, int]]) -> None:
