@@ -5,15 +5,16 @@ A reconstruction [ours] of what third parties tell; loss, coefficient, threshold
 1. Candidates are the places of highest -lr_t (or of the student's highest entropy, where a teacher returns text only).
 2. From the prefix h before a candidate t the teacher writes a_1..a_K; the student wrote b = y_t..y_{t+K-1}.
 3. D_t is the optimal transport cost between both, C_ij = 1 - cos(e(a_i), e(b_j)) + mu |i - j| / K, uniform marginals, e: the
-   initial student's input embeddings (`omniopd.optimal_transport`).
+   initial student's input embeddings (`omniopd.optimal_transport`); by Sinkhorn, or `exact` where both are as long.
 4. t is a fork where D_t >= delta, a running percentile over all candidates, and D_t > 0; else it is a false alarm.
 5. False alarms weigh v_low; 0 masks them. At forks the student learns the teacher's continuation:
 
     L = plain + lambda mean_forks sum_k omega_k * -log p(a_k | h, a_<k),    omega_k proportional to rho^k, summing to 1
 
-Soft targets (a KL to the teacher along a, or along y aligned by transport) are not built: a branch has one target token at
-each place. A candidate of which nothing valid came is neither fork nor false alarm. Where a text was cut, both are compared
-as far as it goes, and where a rollout was cut, its branches end.
+Each a_k is a draw from q(. | h, a_<k): the term is a one-sample estimate of KL(q || p) along a, with its expected gradient.
+Those soft targets themselves (along a, or along y aligned by transport) are not built: a branch has one target token at each
+place. A candidate of which nothing valid came is neither fork nor false alarm. Where a text was cut, both are compared as far
+as it goes, and where a rollout was cut, its branches end.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class ForkGuidanceSettings(PartSettings):
     )
     mu: float = Field(default=0.1, ge=0, description="cost of transport over K places")
     eps: float = Field(default=0.05, ge=0.01, description="entropic regularisation of the transport (Sinkhorn)")
+    exact: bool = Field(default=False, description="transport of texts of one length by exact assignment, without eps")
     percentile: float = Field(
         default=30.0, ge=0, le=100, description="of the candidates' costs: below it, false alarms"
     )
@@ -197,7 +199,8 @@ class ForkGuidance(Part):
         shorter = found.replies[0] if len(theirs) < len(own) else rollout
         if shorter.finish == "length":  # what would follow is unknown: both are compared as far as it goes
             own, theirs = own[: len(theirs)], theirs[: len(own)]
-        cost = transport_cost(self._embedded(theirs), self._embedded(own), horizon, self.config.mu, self.config.eps)
+        config, sides = self.config, (self._embedded(theirs), self._embedded(own))
+        cost = transport_cost(*sides, horizon, config.mu, config.eps, exact=config.exact)
         return Site(chunk.row, chunk.start, branch, cost)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:

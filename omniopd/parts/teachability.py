@@ -4,9 +4,10 @@
     D_t = KL(q_U || p_U), both normalised on U;    C_t = sum_{v in S} q_t(v)
     z~ = clip((z - Q05) / (Q95 - Q05), 0, 1) over the step, 0 where all are alike;    teachability = D~_t C~_t
 
-The tokens of highest teachability are kept: `max(1, ceil(rho N))` of the step's N, the earlier of two equal ones (by rollout,
-then position), and at least the best one of each rollout, which may exceed the budget and is counted [ours; official code
-fills by another score]. The loss is divided by the kept tokens, so that rho does not scale the learning rate.
+The tokens of highest teachability are kept: `max(1, ceil(rho N))` of the step's N, the earlier of two equal ones (by prompt,
+rollout and position, so that no order of rows moves it), and at least the best one of each rollout, which may exceed the
+budget and is counted [ours; official code fills by another score]. The loss is divided by the kept tokens, so that rho does
+not scale the learning rate.
 
 Defects of the released code that are not copied: an id outside a model's own K counts as probability 1e-12, so that disjoint
 supports differ by some 27 nats, and C counts the ids in both supports only; quantiles include tokens outside the mask. Where
@@ -94,12 +95,13 @@ class Teachability(Part):
 
     def apply(self, draft: Draft) -> None:
         """See `Part`. Tokens of unknown score are left out and counted."""
-        rows = [row for row in draft.rows if row not in draft.likelihood]
+        names = draft.names()
+        rows = sorted((row for row in draft.rows if row not in draft.likelihood), key=lambda row: names[row])
         disagreement, reach = (self._known(draft, rows, name) for name in (D, C))
         scores = self._scores(torch.cat([*disagreement, torch.zeros(0)]), torch.cat([*reach, torch.zeros(0)]))
         by_row = scores.split([len(part) for part in disagreement])
         kept, filled = most_teachable(by_row, self.config.rho, fill=self.config.fill)
-        for row, chosen in zip(rows, kept, strict=True):
+        for row, chosen in sorted(zip(rows, kept, strict=True), key=lambda one: one[0]):
             draft.keep(row, draft.mask[row].masked_scatter(draft.mask[row], chosen))
         draft.note(
             teachability_disagreement=_mean(torch.cat([*disagreement, torch.zeros(0)])),
@@ -168,7 +170,7 @@ def most_teachable(scores: Sequence[Tensor], rho: float, *, fill: bool) -> tuple
     """Which tokens of each rollout are kept, as many bool tensors, and how many were kept only to fill.
 
     Args:
-        scores: of each rollout's tokens, in the order of the step; nan is never kept.
+        scores: of each rollout's tokens, in the order that decides ties; nan is never kept.
     """
     flat = torch.cat([*scores, torch.zeros(0, dtype=torch.float64)])
     known = int((~flat.isnan()).sum())

@@ -22,7 +22,7 @@ from omniopd.method import Method
 from omniopd.parts.horizon import line, some_of
 from omniopd.registry import METHODS
 from omniopd.settings import tagged
-from omniopd.types import Rollout, Signal
+from omniopd.types import Rollout, ScoreQuery, Signal
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
@@ -101,6 +101,46 @@ def test_the_sum_form_does_not_shrink_with_the_horizon(student: Policy, teacher:
     tokens = [sum(min(len(row), n) for row in rows) for n in lengths]
     for total, mean, count in zip(sums, means, tokens, strict=True):
         assert total == pytest.approx(mean * count / len(rows), rel=1e-5)
+
+
+@pytest.mark.parametrize(("subset", "monotone"), [("tail_bucket", True), ("partial", False)])
+def test_a_bare_sum_over_the_teachers_likeliest_ids_may_shrink_with_the_horizon(
+    student: Policy, teacher: Policy, subset: str, monotone: bool
+) -> None:
+    """Its terms may be negative; with a bucket for the rest they are a divergence."""
+    rows = written(student)
+    config = {"reduction": "sum_seqmean", "support": "teacher", "k": 2, "subset": subset}
+    methods = [built(student, **config, parts=[{"name": "horizon", "tokens": n}]) for n in range(1, 17)]
+    sums = [learned(student, teacher, method, rows)[0] for method in methods]
+    assert (sums == sorted(sums)) == monotone
+
+
+@pytest.mark.parametrize("form", ["dense", "sampled"])
+def test_no_gradient_reaches_logits_behind_the_horizon(student: Policy, teacher: Policy, form: str) -> None:
+    """Exactly none, of whole rollouts that are learned up to it."""
+    row = next(row for row in written(student) if len(row) > 5)
+    method = built(student, form=form, parts=[{"name": "horizon", "tokens": 5}])
+    student.splits_head = False  # so that the update sees the model's own logits
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        output.logits.retain_grad()
+        seen.append(output.logits)
+
+    with student.causal_lm.register_forward_hook(keep):
+        learned(student, teacher, method, [row])
+    (logits,) = seen
+    assert logits.grad is not None and len(logits.grad) == 1
+    first = len(row.prompt_ids) - 1
+    assert logits.grad[0].abs().sum(-1).nonzero()[:, 0].tolist() == list(range(first, first + 5))
+
+
+def test_a_cut_is_no_end_for_the_teacher_either(student: Policy) -> None:
+    """It scores no end token behind the cut, so none is learned and nothing is punished."""
+    method = esr(student, 5)
+    cut = [row for row in written(student, method) if row.finish == "length"]
+    queries = [query for query in method.audit(cut, 1) if isinstance(query, ScoreQuery)]
+    assert queries and all(not query.closes and query.ids == cut[query.row].ids for query in queries)
 
 
 def test_what_is_left_out_is_the_return_to_go() -> None:

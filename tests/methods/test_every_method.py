@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -23,9 +23,22 @@ from omniopd.method import Method
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import METHODS, PARTS
 from omniopd.selftest import mirror
-from omniopd.selftest.rehearsal import rehearsed
+from omniopd.selftest.rehearsal import rehearsed, share
 from omniopd.settings import tagged
-from omniopd.types import Capabilities, ContinueQuery, Evidence, Prompt, Query, Rollout, Signal, TokenScores
+from omniopd.types import (
+    Answers,
+    Capabilities,
+    ContinueQuery,
+    Evidence,
+    Prompt,
+    Query,
+    Reply,
+    Rollout,
+    Signal,
+    TokenScores,
+    Writing,
+)
+from students.parcels import Parcels
 from students.policy import Policy, StudentSettings
 from students.trainer import OptimizerSettings, Trainer
 from students.view import StudentView
@@ -95,6 +108,34 @@ def _logp(student: Policy, rollout: Rollout) -> Tensor:
     return student.model(input_ids=whole).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
 
 
+def built(
+    student: Policy, config: Mapping[str, Any], check: Callable[[Prompt, str], bool] = right, group: int = GROUP
+) -> Method:
+    return compose(TypeAdapter(tagged(METHODS)).validate_python(dict(config)), student, 0, check, group)
+
+
+def rows_for(method: Method, rows: Sequence[Rollout]) -> Sequence[Rollout]:
+    """The rollouts, of no tokens where the student writes none."""
+    if method.on_policy:
+        return rows
+    return [replace(row, ids=(), logprobs=(), entropy=(), ends=(), text="", top=(), finish="length") for row in rows]
+
+
+def said(student: Policy, rows: Sequence[Rollout], queries: Sequence[Query], change: Change) -> list[Evidence]:
+    """What the made-up teacher says; a judge's reply holds a rubric, marks and a grade that depend on what it is asked."""
+    found = mirror.evidence(student, rows, queries, change)
+    return [
+        replace(one, replies=(_judged(one),)) if isinstance(one, Answers) and one.query.judge else one for one in found
+    ]
+
+
+def _judged(one: Answers) -> Reply:
+    number = sum(map(ord, one.query.prompt.messages[-1].content))
+    rubric = [f"[{1 + (number + place) % 9}] Criterion {place}." for place in range(4 + number % 3)]
+    marks = [f"{place}: {'yes' if number % (place + 1) else 'no'}" for place in range(1, 7)]
+    return Reply("\n".join([*rubric, *marks, f"Grade: {3 + number % 7}"]), "stop")
+
+
 @dataclass
 class Taught:
     """A step: what was read and what it does to the weights."""
@@ -115,14 +156,11 @@ def taught(
     check: Callable[[Prompt, str], bool] = right,
     group: int = GROUP,
 ) -> Taught:
-    method = compose(TypeAdapter(tagged(METHODS)).validate_python(dict(config)), student, 0, check, group)
-    if not method.on_policy:
-        rows = [
-            replace(row, ids=(), logprobs=(), entropy=(), ends=(), text="", top=(), finish="length") for row in rows
-        ]
+    method = built(student, config, check, group)
+    rows = rows_for(method, rows)
 
     def answer(queries: Sequence[Query]) -> list[Evidence]:
-        return mirror.evidence(student, rows, queries, change)
+        return said(student, rows, queries, change)
 
     measured, evidence = rehearsed(method, rows, answer, StudentView(student, rows))
     signal = method.read(measured, evidence, 1)
@@ -248,6 +286,67 @@ def _alike(one: Signal, other: Signal) -> bool:
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
     assert len(one.branches) == len(other.branches)
     return True
+
+
+# ------------------------------------------------------------------ several processes
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled"])
+@pytest.mark.parametrize("name", ALL)
+def test_three_processes_read_what_one_reads(name: str, control: str, anchored: Policy) -> None:
+    """Two steps, so that what is learned of the first is compared, too: none has all rows of a prompt, or all prompts. What
+    needs them says so, and several processes are refused (test_matrix.py)."""
+    rows = written(anchored, [13, 5, 9, 8, 6, 7])
+    alone, *three = (built(anchored, {**config_of(name), "control": control}) for _ in range(4))
+    if alone.one_process:
+        return
+    for step in (1, 2):
+        (expected,) = apart([alone], anchored, rows, step)
+        found = apart(three, anchored, rows, step)
+        assert {row: wish for one in found for row, wish in one.wishes.items()} == expected.wishes
+        for one in found:
+            signal, whole = one.signal, expected.signal
+            assert _alike(signal, whole)
+            assert [(b.row, b.at, b.ids) for b in signal.branches] == [(b.row, b.at, b.ids) for b in whole.branches]
+            assert (signal.drops, signal.rejects, signal.spoken) == (whole.drops, whole.rejects, whole.spoken)
+            assert signal.branch_scale == pytest.approx(whole.branch_scale, abs=1e-5)
+            assert dict(signal.stats) == pytest.approx(dict(whole.stats), abs=1e-4)
+            assert dict(one.figures) == pytest.approx(dict(expected.figures), abs=1e-4)
+
+
+class Process(NamedTuple):
+    """A process's step: what it wishes for its own rows, what it reads of all, and what it tells the log afterwards."""
+
+    wishes: Mapping[int, Writing]
+    signal: Signal
+    figures: Mapping[str, float]
+
+
+def apart(methods: Sequence[Method], student: Policy, rows: Sequence[Rollout], step: int) -> list[Process]:
+    """A step of so many processes. As in a run, rows go round, each process asks about and measures its own with a method of
+    its own, and what the others found comes in parcels, which hold no distributions."""
+
+    def answer(queries: Sequence[Query]) -> list[Evidence]:
+        return said(student, rows, queries, mirror.disagreeing)
+
+    rows, count = rows_for(methods[0], rows), len(methods)
+    own = [{row: rows[row] for row in range(rank, len(rows), count)} for rank in range(count)]
+    shares = [
+        share(m, mine, answer, StudentView(student, mine.values()), step) for m, mine in zip(methods, own, strict=True)
+    ]
+    packers = [Parcels() for _ in methods]
+    parcels = [packer.pack(part) for packer, part in zip(packers, shares, strict=True)]
+    processes = []
+    for rank, method in enumerate(methods):
+        parts = [shares[other] if other == rank else packers[rank].open(parcels[other]) for other in range(count)]
+        together = {row: rollout for measured, _ in parts for row, rollout in measured.items()}
+        measured = [together[row] for row in range(len(rows))]
+        evidence = sorted((one for _, found in parts for one in found), key=lambda one: one.query.row)
+        wishes = method.writings({row: one.prompt for row, one in own[rank].items()}, shares[rank][1], step)
+        signal = method.read(measured, evidence, step)
+        figures = method.after(measured, signal, step, Trainer(student, OptimizerSettings(), method.objective))
+        processes.append(Process(wishes, signal, figures))
+    return processes
 
 
 # ------------------------------------------------------------------ edge cases

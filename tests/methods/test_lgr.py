@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from pydantic import TypeAdapter
 from scored_by import scored
 
 from omniopd.chat import ChatTemplate
-from omniopd.composition import compose
+from omniopd.composition import Composed, compose
 from omniopd.errors import ConfigError
 from omniopd.losses import token_nll
 from omniopd.method import Method
-from omniopd.parts.lookahead import repetition, standardised
+from omniopd.parts.lookahead import EPS, LEAST_STD, LookaheadSettings, repetition, standardised
 from omniopd.registry import METHODS
 from omniopd.settings import tagged
+from omniopd.store import Store
 from omniopd.types import Query, Rollout, ScoreQuery, Signal, TokenScores
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 from teachers.asks import Manner
 from teachers.given import passage
+from teachers.transformers import TransformersConfig, TransformersTeacher
 
 GROUP = torch.tensor([0.9, 0.5, 0.5, 0.1], dtype=torch.float64)
 
@@ -153,7 +156,98 @@ def test_scores_behind_a_prefix_are_those_of_the_whole_text(student: Policy, tea
     assert manner.ask(query).keys() != manner.ask(other).keys()
 
 
+@pytest.fixture
+def backend(tiny_folder: Callable[..., Path], tmp_path: Path) -> Iterator[TransformersTeacher]:
+    """The same teacher as a back end: its queries padded together in batches."""
+    config = TransformersConfig(path=str(tiny_folder(seed=1)))
+    made = TransformersTeacher(config, Store(tmp_path / "answers.sqlite"))
+    yield made
+    asyncio.run(made.close())
+
+
+def confidences(backend: TransformersTeacher, queries: Sequence[ScoreQuery]) -> list[float]:
+    """r of each query's first token: the largest probability behind it."""
+    return [math.exp(max(one.top[-1].values())) for one in asyncio.run(backend.gather(queries))]  # type: ignore[union-attr]
+
+
+def test_a_back_ends_confidences_are_those_of_naive_forward_passes_and_of_nobody_else(
+    student: Policy, teacher: Policy, backend: TransformersTeacher
+) -> None:
+    """Batched requests against one pass per candidate; permuted with the candidates; blind to one another."""
+    queries = [q for q in built(student).audit(rows_of(student), 1) if isinstance(q, ScoreQuery) and q.by]
+    found = confidences(backend, queries)
+    for query, sure in zip(queries, found, strict=True):
+        before = torch.tensor([[*teacher.prompt_ids(query.prompt), *query.after, query.ids[0]]])
+        with torch.no_grad():
+            naive = teacher.model(input_ids=before).logits[0, -1].softmax(-1).max().item()
+        assert sure == pytest.approx(naive, abs=1e-4)
+    assert confidences(backend, queries[::-1]) == pytest.approx(found[::-1], abs=1e-6)
+    changed = [replace(queries[0], ids=(9, queries[0].ids[1])), *queries[1:]]
+    others = confidences(backend, changed)
+    assert others[1:] == pytest.approx(found[1:], abs=1e-6)
+    assert others[0] != pytest.approx(found[0], abs=1e-3)
+
+
+def test_the_order_of_candidates_moves_no_bonus(student: Policy, teacher: Policy) -> None:
+    method, rows = built(student, k=3), rows_of(student)
+    turned = [replace(row, top=tuple((*reversed(top[:3]), *top[3:]) for top in row.top)) for row in rows]
+    one, other = read(method, rows, teacher), read(method, turned, teacher)
+    for a, b in zip(one.values_BT, other.values_BT, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_the_sampled_token_is_of_its_group_also_where_it_is_none_of_the_likeliest(student: Policy) -> None:
+    rollout = rows_of(student)[0]
+    t = next(t for t in range(8) if rollout.ids[t] not in dict(rollout.top[t][:4]))
+    asked = [q for q in built(student).ask(rollout, 0, 1) if isinstance(q, ScoreQuery) and q.by and len(q.after) == t]
+    assert len(asked) == 4  # K + 1 with y_t, whose confidence the scores of the response tell
+
+
+def test_the_gate_is_the_entropy_that_was_recorded(student: Policy) -> None:
+    """That of the weights that wrote, so that every epoch over a batch looks at the same places."""
+    rollout = replace(rows_of(student)[0], entropy=(0.1, 0.3, 0.2, 5.0, 0.0, 0.1, 0.1, 0.1, 9.0))
+    asked = built(student, tau=0.2).ask(rollout, 0, 1)
+    assert {len(q.after) for q in asked if isinstance(q, ScoreQuery) and q.by} == {1, 3}
+
+
+# ------------------------------------------------------------------ neutral and default settings
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"tau": math.inf}])
+def test_a_neutral_setting_leaves_the_part_out(student: Policy, settings: dict[str, float]) -> None:
+    rows = rows_of(student)
+    method = built(student, **settings)
+    assert not isinstance(method, Composed)
+    assert not any(query.by for query in method.audit(rows, 1))
+
+
+def test_one_candidate_that_was_sampled_is_plain_distillation(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student)
+    greedy = [written(student, [row.top[0][0][0] for _ in row.ids]) for row in rows]
+    greedy = [replace(row, top=tuple(((v, p),) for v, p in zip(row.ids, row.logprobs, strict=True))) for row in greedy]
+    one, plain = (read(built(student, k=1, gamma=gamma), greedy, teacher) for gamma in (1.0, 0.0))
+    assert not any(query.by for query in built(student, k=1).audit(greedy, 1))
+    assert all(map(torch.equal, one.values_BT, plain.values_BT))
+
+
+def test_the_defaults_are_the_sheets(student: Policy) -> None:
+    defaults = LookaheadSettings()
+    assert (defaults.k, defaults.tau, defaults.gamma, defaults.clip) == (8, 0.2, 1.0, 2.0)
+    assert defaults.min_tokens == 4096
+    assert (EPS, LEAST_STD) == (1e-6, 1e-4)
+
+
 # ------------------------------------------------------------------ the update
+
+
+def test_a_teacher_that_is_the_student_still_has_a_bonus(student: Policy) -> None:
+    """So the student is no fixed point; and text that repeats itself is told in the log."""
+    rows = [written(student, [9, 10, 11, 12, 9, 10, 11, 12])]
+    plain, found = (read(built(student, gamma=gamma), rows, student) for gamma in (0.0, 1.0))
+    assert plain.values_BT[0].abs().max() < 1e-5
+    assert found.values_BT[0][:-1].abs().max() > 0.1
+    assert found.stats["repetition"] == pytest.approx(1 / 5)
+    assert found.stats["lookahead_share"] == pytest.approx(7 / 8)
 
 
 @pytest.mark.parametrize(("own", "other", "sign"), [(0.9, 0.1, 1), (0.1, 0.9, -1), (0.5, 0.5, 0)])
@@ -196,7 +290,7 @@ def test_the_bonus_is_that_of_naive_forward_passes(student: Policy, teacher: Pol
         logits = torch.stack([teacher.model(input_ids=torch.tensor([[*before, v]])).logits[0, -1] for v in group])
         sure = logits.double().softmax(-1).max(-1).values
         expected = ((sure - sure.mean()) / (sure.std(correction=0) + 1e-6))[0].item()
-        assert bonus[t] == pytest.approx(expected, abs=1e-3)
+        assert bonus[t] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_bonus_is_clipped_scaled_by_gamma_and_added_to_the_log_ratio(student: Policy, teacher: Policy) -> None:

@@ -63,7 +63,7 @@ def rows_of(student: Policy, lengths: Sequence[int] = (13, 5, 0, 8)) -> list[Rol
 
 
 def with_facts(student: Policy, scores: Sequence[Sequence[float]]) -> list[Rollout]:
-    """Rollouts whose tokens have these scores as D, and the same C: so they are ranked by D."""
+    """Rollouts whose tokens have these scores as D, and the same C: all are equally teachable unless ranked by D alone."""
     rows = rows_of(student, [len(one) for one in scores])
     facts = [{D: tuple(one), C: tuple([0.5] * len(one))} for one in scores]
     return [replace(row, facts=own) for row, own in zip(rows, facts, strict=True)]
@@ -100,6 +100,9 @@ def test_the_released_proxy_is_far_from_the_true_disagreement() -> None:
     """It knows of each side its own two ids only, and puts 1e-12 elsewhere after normalising."""
     proxy_p, proxy_q = [2 / 3, 1 / 3, 1e-12, 1e-12], [1e-12, 1e-12, 0.75, 0.25]
     assert float(kl_on(logs(proxy_q), logs(proxy_p))) == pytest.approx(27.068686, abs=1e-6)
+    floored_p, floored_q = [0.6, 0.3, 1e-12, 1e-12], [1e-12, 1e-12, 0.6, 0.2]  # before normalising
+    assert float(kl_on(logs(floored_q), logs(floored_p))) == pytest.approx(26.963325, abs=1e-6)
+    assert exact(P, OFF)[0] < 2
 
 
 def test_of_a_teacher_that_names_its_likeliest_ids_both_numbers_are_finite_and_reach_is_a_lower_bound() -> None:
@@ -129,7 +132,7 @@ def test_reach_grows_with_k_up_to_one_and_equal_sides_do_not_disagree() -> None:
     torch.manual_seed(0)
     logp, logq = (torch.randn(40, 12, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     found = [disagreement_and_reach(logp, logq, k)[1] for k in (1, 2, 5, 12, 50)]
-    assert all(bool((more >= less).all()) for less, more in pairwise(found))
+    assert all(bool((more >= less).all()) for less, more in pairwise([torch.zeros(40), *found]))
     torch.testing.assert_close(found[-1], torch.ones(40, dtype=torch.float64))
     assert bool((disagreement_and_reach(logp, logp, 3)[0] == 0).all())
 
@@ -300,6 +303,62 @@ def test_a_teacher_that_agrees_everywhere_keeps_the_first_tokens(student: Policy
     signal = kept_in(student, student, rows, [range(2)], rho=0.5, fill=False)
     assert [mask.tolist() for mask in signal.mask_BT] == [[True] * 6, [False] * 6]
     assert signal.stats["teachability_disagreement"] == 0
+
+
+def test_no_order_of_rows_moves_what_is_kept_even_where_scores_tie(student: Policy) -> None:
+    scores = [[0.5, 0.9, 0.5], [0.5, 0.5], [0.5, 0.1, 0.5, 0.5]]
+    rows = [
+        replace(row, prompt=tiny.prompt(name=name))
+        for row, name in zip(with_facts(student, scores), "bca", strict=True)
+    ]
+    order = [2, 0, 1]
+    method = built(student, rho=0.4, fill=False, rank_by="disagreement")
+    one, other = (read(method, chosen) for chosen in (rows, [rows[i] for i in order]))
+    assert sum(int(mask.sum()) for mask in one.mask_BT) == 4  # of seven equals, three
+    assert all(torch.equal(one.mask_BT[row], other.mask_BT[order.index(row)]) for row in range(3))
+    assert one.mask_BT[2].tolist() == [True, False, True, True]  # "a" is the first prompt
+
+
+def test_nor_does_who_measures_where_all_scores_tie(student: Policy) -> None:
+    rows = rows_of(student, (6, 5, 6, 4))
+    alone, apart = (kept_in(student, student, rows, groups, rho=0.3) for groups in ([range(4)], [[3], [1], [0, 2]]))
+    assert all(map(torch.equal, alone.mask_BT, apart.mask_BT))
+
+
+def test_tokens_that_are_masked_move_no_quantile(student: Policy) -> None:
+    """Of the released code's defects: it counts them in."""
+    scores = [[1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 1.5, 2.5]]
+    method = built(student, rho=0.5, fill=False, rank_by="disagreement")
+
+    def signal(masked: float) -> Signal:
+        rows = with_facts(student, [*scores, [masked] * 6])
+        found = scores_of(method.audit(rows, 1), lambda row, t: math.nan if row == 2 else -1.0)
+        return method.read(rows, found, 1)
+
+    for found in (signal(1e6), signal(-1e6)):
+        kept = [mask.nonzero()[:, 0].tolist() for mask in found.mask_BT]
+        assert kept == [[1, 2, 3], [3], []]  # ceil(rho N) of the eight that are valid, the largest
+        assert found.stats["teachability_disagreement"] == pytest.approx(14.5 / 8)
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing_in_the_dense_form(student: Policy) -> None:
+    rows = rows_of(student)
+    config = {"name": "ta_opd", "form": "dense", "parts": [{"name": "teachability", "rho": 0.5}]}
+    method = compose(TypeAdapter(tagged(METHODS)).validate_python(config), student, 0)
+    evidence = [scored(student, query) for query in method.audit(rows, 1)]
+    facts = method.measure(dict(enumerate(rows)), evidence, StudentView(student, rows))
+    measured = [replace(row, facts={k: tuple(v) for k, v in facts.get(n, {}).items()}) for n, row in enumerate(rows)]
+    signal = method.read(measured, evidence, 1)
+    trainer = Trainer(student, OptimizerSettings(), method.objective)
+    trainer.accumulate(measured, signal)
+    assert 0 < sum(int(mask.sum()) for mask in signal.mask_BT) < sum(map(len, rows))
+    assert max(float(p.grad.abs().max()) for p in trainer.trained if p.grad is not None) < 1e-6
+
+
+def test_the_defaults_are_the_sheets() -> None:
+    defaults = TeachabilitySettings()
+    assert (defaults.k, defaults.rho, defaults.q_low, defaults.q_high) == (16, 0.05, 0.05, 0.95)
+    assert defaults.exact and defaults.fill and defaults.rank_by == "teachable"
 
 
 def test_quantiles_in_the_wrong_order_are_refused() -> None:

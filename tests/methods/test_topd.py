@@ -13,10 +13,13 @@ import tiny
 import torch
 from pydantic import TypeAdapter, ValidationError
 from scored_by import scores_of
+from torch import Tensor
 
 from omniopd.composition import Composed, compose
+from omniopd.losses import forward_kl, token_nll
 from omniopd.method import Gradients, Method
-from omniopd.parts.fork_guidance import ForkGuidance, candidates, decayed, percentile
+from omniopd.parts import fork_guidance
+from omniopd.parts.fork_guidance import ForkGuidance, ForkGuidanceSettings, candidates, decayed, percentile
 from omniopd.registry import METHODS
 from omniopd.settings import tagged
 from omniopd.types import Branch, Capabilities, Continuations, ContinueQuery, Evidence, Reply, Rollout, Signal
@@ -106,15 +109,34 @@ def test_percentile_is_numpys() -> None:
     assert percentile([], 30) == 0
 
 
-def test_golden_prototype_numbers_that_say_why_it_is_not_copied() -> None:
-    """With n values no z-score exceeds sqrt(n - 1): a rule of mean + 2 std needs six of them."""
+def test_golden_z_scores_that_say_why_the_prototype_is_not_copied() -> None:
+    """With n values no z-score exceeds sqrt(n - 1): a rule of mean + 2 std needs six of them. A percentile always fires."""
     for n, most in ((3, 1.414214), (6, 2.236068)):
-        values = torch.zeros(n, dtype=torch.float64)
-        values[0] = 1
+        outlier = [0.0] * (n - 1) + [1.0]
+        values = torch.tensor(outlier, dtype=torch.float64)
         largest = ((values - values.mean()) / values.std(correction=0)).max().item()
         assert largest == pytest.approx(most, abs=1e-6)
-    margins = torch.tensor([[0.2, 0.5, 0.9], [0.1, 0.5, 0.6]]).sort(-1).values
-    assert (margins[0] - margins[1]).abs().mean().item() == pytest.approx(0.133333, abs=1e-6)
+        assert (largest >= 2) == (n >= 6)
+        assert percentile(outlier, 30) <= 1
+
+
+def test_the_defaults_are_the_sheets_but_for_what_is_learned_at_a_fork() -> None:
+    defaults = ForkGuidanceSettings()
+    assert (defaults.horizon, defaults.share, defaults.spacing, defaults.most) == (50, 0.1, 8, 4)
+    assert (defaults.mu, defaults.eps, defaults.percentile) == (0.1, 0.05, 30)
+    assert (defaults.scale, defaults.rho, defaults.v_low, defaults.rank) == (0.5, 0.97, 0, "loss")
+    assert defaults.mode == "hard_tokens"  # the sheet's teacher_prefix is not built
+
+
+def test_a_token_of_the_teachers_is_a_draw_of_the_forward_kl() -> None:
+    """Over all that it may write, the gradient of its cross-entropies is that of KL(q || p), the soft target."""
+    torch.manual_seed(0)
+    teacher, logits = torch.randn(2, 1, 7, dtype=torch.float64)
+    logits.requires_grad_()
+    logp, q = logits.log_softmax(-1)[0], teacher.softmax(-1)[0]
+    one = torch.autograd.grad(sum(q[a] * token_nll(logp[a : a + 1], torch.ones(1)) for a in range(7)), logits)[0]
+    other = torch.autograd.grad(forward_kl(teacher, logits).sum(), logits)[0]
+    torch.testing.assert_close(one, other)
 
 
 # ------------------------------------------------------------------ asking
@@ -263,6 +285,52 @@ def test_the_embeddings_stay_the_initial_students(student: Policy) -> None:
     assert late.read(rows, evidence, 1).stats["fork_cost"] != before
 
 
+def test_of_equal_costs_all_are_forks(student: Policy) -> None:
+    """D >= delta, not above it: a single candidate is its own percentile."""
+    rows = [rows_of(student)[1]]
+    method = built(student)
+    scores = scores_of(method.audit(rows, 1), lambda row, t: rows[0].logprobs[t] - loss_at(1, t))
+    (site,) = method.again({0: rows[0]}, scores, 1)[:1]
+    assert isinstance(site, ContinueQuery)
+    signal = method.read(rows, [*scores, Continuations(site, (other(site),))], 1)
+
+    assert signal.stats["forks"] == 1 and signal.stats["fork_delta"] == signal.stats["fork_cost"] > 0
+    assert bool(signal.mask_BT[0].all())
+
+
+def test_without_candidates_plain_distillation_is_left(student: Policy) -> None:
+    rows = rows_of(student)
+    plain, method = built(student, scale=0, v_low=1), built(student)
+    scores = scores_of(method.audit(rows, 1), lambda row, t: rows[row].logprobs[t] + 0.1)
+    assert method.again(dict(enumerate(rows)), scores, 1) == []
+    was, now = plain.read(rows, scores, 1), method.read(rows, scores, 1)
+
+    assert all(map(torch.equal, was.values_BT, now.values_BT)) and all(map(torch.equal, was.mask_BT, now.mask_BT))
+    assert now.branches == ()
+    assert (now.stats["fork_candidates"], now.stats["fork_cost"], now.stats["fork_delta"]) == (0, None, None)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "text", ["", " re", " return x  # done and more of it than the rollout has left to be compared with"]
+)
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_texts_of_two_lengths_are_compared_and_learned_without_a_number_that_is_none(
+    student: Policy, text: str, finish: Any, exact: bool
+) -> None:
+    """Rollouts shorter than K, one of a single token, and a teacher that stops early or is cut."""
+    rows = [*rows_of(student), tiny.rollout(student, student.encode("T")[0])]
+    method = built(student, horizon=500, share=1.0, spacing=1, exact=exact)
+    evidence, sites = heard(method, rows, lambda query: Reply(text, finish))
+    signal = method.read(rows, evidence, 1)
+    empty = finish == "length" and not text  # nothing that could be compared
+
+    assert {query.row for query in sites} == {0, 1, 3}
+    assert signal.stats["fork_holes"] == (len(sites) if empty else 0)
+    assert empty or math.isfinite(signal.stats["fork_cost"] or math.nan)
+    assert all(math.isfinite(number) for number in taught(student, method, rows, signal).values())
+
+
 # ------------------------------------------------------------------ the update
 
 
@@ -284,6 +352,63 @@ def test_the_term_is_lambda_times_the_mean_over_forks_of_the_weighed_cross_entro
         each.append(float((decayed(len(logp), 0.97) * -logp.double()).sum()))
     assert len(each) > 1
     assert terms["branch_loss"] == pytest.approx(0.5 * sum(each) / len(each), rel=1e-5)
+
+
+def gradient(student: Policy) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
+
+
+def test_the_gradient_is_that_of_both_terms_at_their_own_places_and_of_no_other(student: Policy) -> None:
+    """Against both terms written out, position by position, by a dense forward pass for each text."""
+    rows = rows_of(student)
+    method = built(student)
+    signal = method.read(rows, heard(method, rows, lambda q: echo(q) if q.chunk.start == 15 else other(q))[0], 1)
+    taught(student, method, rows, signal)
+    ours = gradient(student)
+    student.model.zero_grad()
+
+    def logp(before: Sequence[int], ids: Sequence[int]) -> Tensor:
+        whole = student.model(input_ids=torch.tensor([[*before, *ids]])).logits[0].log_softmax(-1)
+        return whole[len(before) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+    count = sum(int(mask.sum()) for mask in signal.mask_BT)
+    loss = torch.zeros(())
+    for n, row in enumerate(rows[:2]):
+        losses = torch.tensor([loss_at(n, t) for t in range(len(row))])
+        if n == 0:
+            losses[15] = 0  # the false alarm
+        loss = loss + (losses * logp(row.prompt_ids, row.ids)).sum() / count
+    for branch in signal.branches:
+        row, omega = rows[branch.row], decayed(len(learned(branch)), 0.97).float()
+        before = [*row.prompt_ids, *row.ids[: branch.at], *branch.ids[: branch.context]]
+        loss = loss - 0.5 / len(signal.branches) * (omega * logp(before, learned(branch))).sum()
+    loss.backward()
+    assert len(signal.branches) == 2
+    torch.testing.assert_close(ours, gradient(student), rtol=1e-3, atol=1e-6)
+
+
+def test_where_both_write_the_same_an_open_gate_is_likelihood_of_the_students_own_next_tokens(
+    student: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one-sample form of forward KL on positions t to t + K - 1."""
+    rows = rows_of(student)
+    method, plain = built(student), built(student, scale=0, v_low=1)
+    monkeypatch.setattr(fork_guidance, "transport_cost", lambda *args, **how: 1.0)
+    evidence, sites = heard(method, rows, echo)
+    signal, reference = method.read(rows, evidence, 1), plain.read(rows, evidence[:2], 1)
+    assert len(signal.branches) == len(sites) == 3
+    taught(student, method, rows, signal)
+    guided = gradient(student)
+
+    values = [value.clone() for value in reference.values_BT]
+    count = sum(int(mask.sum()) for mask in reference.mask_BT)
+    for branch in signal.branches:
+        first, row = branch.at + branch.context, rows[branch.row]
+        assert learned(branch) == row.ids[first : first + len(learned(branch))]
+        omega = decayed(len(learned(branch)), 0.97).float()
+        values[branch.row][first : first + len(omega)] += 0.5 * count / 3 * omega
+    taught(student, plain, rows, replace(reference, values_BT=tuple(values)))
+    torch.testing.assert_close(guided, gradient(student), rtol=1e-3, atol=1e-6)
 
 
 def test_a_teacher_of_text_alone_guides_beside_audits(student: Policy) -> None:
