@@ -4,7 +4,8 @@
 
 All of it is `omniopd.parts.correctness_router`. The loss adds up a rollout's tokens and weights of a branch add up to 1 per
 prompt, so the reduction is `sum_seqmean`: eq. 6 over the rollouts of a prompt, a constant that Adam takes out again [ours].
-The released code averages its two branches over different tokens; that is not copied.
+The released code averages its two branches over different tokens; that is not copied. Controls: `control: shuffled` (the
+verdicts of others), `placebo: random` (the weights of others of the same verdict), either direction turned by its word.
 """
 
 from __future__ import annotations

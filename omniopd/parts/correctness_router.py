@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from omniopd.draft import Draft
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import PARTS
+from omniopd.sampling import named_seed
 from omniopd.scored import nats
 
 Direction = Literal["up_weight_high_ppl", "up_weight_low_ppl"]
@@ -44,6 +46,10 @@ class CorrectnessRouterSettings(PartSettings):
     student: Direction = Field(default="up_weight_high_ppl", description="which right rollouts count more")
     teacher: Direction = Field(default="up_weight_low_ppl", description="which wrong rollouts count more")
     sum_to: SumTo = Field(default="one", description="what the weights of a group add up to; count: its rollouts")
+    placebo: Literal["none", "random"] = Field(
+        default="none",
+        description="random: the same weights on random rollouts of their verdict; control: shuffled deals verdicts",
+    )
 
 
 @PARTS.register("correctness_router")
@@ -100,9 +106,17 @@ class CorrectnessRouter(Part):
             return False  # exactly 1 each
         means = torch.stack([nats(one).nanmean() for one in logprobs])
         weights = group_weights(means, self.config.tau, direction, self.config.sum_to)
+        if self.config.placebo == "random":
+            weights = weights[self._anywhere(draft, rows)]
         for row, weight in zip(rows, weights, strict=True):
             draft.weigh(row, weight.expand(len(draft.rollouts[row])))
         return bool(means.isneginf().all())
+
+    def _anywhere(self, draft: Draft, rows: list[int]) -> list[int]:
+        """Which of a group's weights each of its rollouts has, at random."""
+        name = draft.rollouts[rows[0]].prompt.id, draft.verdicts[rows[0]]
+        dealer = random.Random(named_seed(self.seed, "correctness_router", draft.step, *name))
+        return dealer.sample(range(len(rows)), len(rows))
 
 
 def group_weights(mean_logprobs: Tensor, tau: float, direction: Direction, sum_to: SumTo) -> Tensor:

@@ -102,6 +102,8 @@ def test_limits_of_the_temperature_and_the_scale_of_perplexity() -> None:
     assert group_weights(-RIGHT.log(), math.inf, HIGH, "one").tolist() == pytest.approx([1 / 3] * 3)
     assert group_weights(-RIGHT.log(), 1e-3, HIGH, "one").tolist() == pytest.approx([0, 0, 1])
     torch.testing.assert_close(group_weights(-(7 * RIGHT).log(), 1.0, HIGH, "one"), weights)
+    of_wrong = group_weights(-WRONG.log(), 0.5, LOW, "one")
+    torch.testing.assert_close(group_weights(-(7 * WRONG).log(), 0.5, LOW, "one"), of_wrong)
 
 
 @pytest.mark.parametrize("tau", [1.0, math.inf])
@@ -130,6 +132,55 @@ def test_right_rollouts_are_likelihood_wrong_ones_distillation(student: Policy, 
     assert sum(shares) == pytest.approx(1) and shares[0] != pytest.approx(shares[1])
     assert [signal.stats[name] for name in ("routed_right", "routed_wrong", "unrouted")] == [3, 3, 0]
     assert signal.coverage == 1
+
+
+def test_one_wrong_rollout_of_eight_weighs_as_much_as_eight(student: Policy, teacher: Policy) -> None:
+    for marks, total in (("+++++++-", 1), ("--------", 1)):
+        rows = rows_of(student, marks, group=8)
+        plain, signal = read(student, teacher, rows, parts=[]), read(student, teacher, rows)
+        wrong = [row for row, mark in enumerate(marks) if mark == "-"]
+        weights = [float((signal.values_BT[row] / plain.values_BT[row]).mean()) for row in wrong]
+        assert sum(weights) == pytest.approx(total)
+
+
+@pytest.mark.parametrize(("branch", "marks"), [("student", "+++"), ("teacher", "---")])
+def test_either_direction_can_be_turned_by_its_word(student: Policy, teacher: Policy, branch: str, marks: str) -> None:
+    rows = rows_of(student, marks, group=3)
+    plain = read(student, teacher, rows, parts=[])
+    found = {way: read(student, teacher, rows, **routed(**{branch: way})).values_BT for way in (HIGH, LOW)}
+    if branch == "student":
+        means = [sum(row.logprobs) / len(row) for row in rows]
+        weights = {way: [float(values[0]) for values in of] for way, of in found.items()}
+    else:
+        said = [p.double() + torch.tensor(row.logprobs) for p, row in zip(plain.values_BT, rows, strict=True)]
+        means = [float(logq.mean()) for logq in said]
+        weights = {
+            way: [float((a / b).mean()) for a, b in zip(of, plain.values_BT, strict=True)] for way, of in found.items()
+        }
+    order = sorted(range(3), key=lambda row: means[row])  # the highest perplexity first
+    assert [weights[HIGH][row] for row in order] == sorted(weights[HIGH], reverse=True)
+    assert [weights[LOW][row] for row in order] == sorted(weights[LOW])
+
+
+def test_the_placebo_deals_the_weights_of_a_branch_to_others_of_it(student: Policy, teacher: Policy) -> None:
+    rows = rows_of(student, "++++---+", group=8)
+    plain, real = read(student, teacher, rows, parts=[]), read(student, teacher, rows)
+    method = built(student, **routed(placebo="random"))
+    scores = [scored(teacher, query) for query in method.audit(rows, 1)]
+    dealt = {step: method.read(rows, scores, step) for step in range(1, 9)}
+    right, wrong = (0, 1, 2, 3, 7), (4, 5, 6)
+
+    def weights(signal: Signal) -> tuple[list[float], list[float]]:
+        own = [float(signal.values_BT[row][0]) for row in right]
+        return own, [float((signal.values_BT[row] / plain.values_BT[row]).mean()) for row in wrong]
+
+    for signal in dealt.values():
+        for mine, others in zip(weights(signal), weights(real), strict=True):
+            assert sorted(mine) == pytest.approx(sorted(others), rel=1e-5)
+    for branch in (0, 1):
+        assert len({tuple(round(one, 4) for one in weights(signal)[branch]) for signal in dealt.values()}) > 2
+    again = method.read(rows, scores, 1)
+    assert all(torch.equal(a, b) for a, b in zip(again.values_BT, dealt[1].values_BT, strict=True))
 
 
 def test_the_teacher_is_not_asked_about_right_rollouts(student: Policy) -> None:
@@ -227,6 +278,49 @@ def test_everything_wrong_tau_inf_and_sum_to_count_is_plain_to_the_last_bit(
 
     assert loss == expected != 0
     assert all(torch.equal(one, other) for one, other in zip(gradients, of_plain, strict=True))
+
+
+def test_no_share_of_a_count_is_multiplied_up_again(student: Policy) -> None:
+    """49 times 1/49 is not 1 in float64, nor 41, 47, 55 times theirs in float32: tau=inf has to be the constant 1."""
+    assert 49 * (1 / 49) != 1
+    ones = torch.ones(())
+    assert [n for n in range(1, 56) if n * (ones / n) != 1] == [41, 47, 55]
+    rows = rows_of(student, "-" * 49, group=49)
+    plain, signal = (
+        method.read(rows, scores_of(method.audit(rows, 1), lambda row, t: -1.0 - row / 7 - t / 3), 1)
+        for method in (built(student, name="opd"), built(student, **routed(tau=math.inf, sum_to="count")))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain.values_BT, signal.values_BT, strict=True))
+    assert "weight_mean" not in signal.stats  # left out, not multiplied with 1
+
+
+def test_the_loss_is_equation_six(student: Policy, teacher: Policy) -> None:
+    """Sums over tokens, both branches' weights adding up to 1 per prompt; over the rollouts of the step [ours]."""
+    rows = rows_of(student, "+-+-" + "---+", group=4)
+    method = built(student)
+    signal = read(student, teacher, rows)
+    loss, _ = taught(student, rows, method, signal)
+    total = 0.0
+    for group in ((0, 1, 2, 3), (4, 5, 6, 7)):
+        logp = {row: tiny.dense(student.model, rows[row].prompt_ids, rows[row].ids)[0].double() for row in group}
+        logq = {row: tiny.dense(teacher.model, rows[row].prompt_ids, rows[row].ids)[0].double() for row in group}
+        for sides, sign, marks in ((logp, -1, (0, 2, 7)), (logq, 1, (1, 3, 4, 5, 6))):
+            branch = [row for row in group if row in marks]
+            weights = torch.stack([sign * sides[row].mean() for row in branch]).softmax(0)
+            for row, weight in zip(branch, weights.tolist(), strict=True):
+                ratio = torch.ones_like(logp[row]) if sign < 0 else logq[row] - logp[row]
+                total += weight * float((-ratio * logp[row]).sum())
+    assert loss == pytest.approx(total / len(rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("marks", ["+", "-"])
+def test_a_group_of_one_token_alone_weighs_one(student: Policy, teacher: Policy, marks: str) -> None:
+    (row,) = rows_of(student, marks, group=1)
+    (row,) = [replace(tiny.rollout(student, [student.end_id], row.prompt, "stop"), text=row.text)]
+    method, signal = built(student), read(student, teacher, [row])
+    plain = read(student, teacher, [row], parts=[])
+    assert torch.equal(signal.values_BT[0], torch.ones(1) if marks == "+" else plain.values_BT[0])
+    assert math.isfinite(taught(student, [row], method, signal)[0])
 
 
 @pytest.mark.parametrize("form", ["sampled", "dense"])
