@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,43 @@ def test_contexts_that_are_nothing_are_like_nothing() -> None:
     assert recurring(torch.eye(3)[[0, 0, 1]], 0.8, 0.5) == 2  # each of the two has one alike among two others
 
 
+def test_the_unpublished_thresholds_are_the_sheets() -> None:
+    """The upper fifth of losses, a cosine of 0.8, three in ten of the others."""
+    ids = torch.cat([torch.zeros(11, dtype=torch.long), torch.arange(1, 45)])  # 11 of 55: the upper fifth
+    losses = torch.cat([torch.full((11,), 2.0), torch.linspace(0, 1.9, 44)])
+
+    def kept(alike: int, cosine: float, after: torch.Tensor = losses) -> float:
+        """Recurrence of 11 occurrences, of which groups of `alike + 1` have that cosine to one another."""
+        shared, own = math.sqrt(cosine), math.sqrt(1 - cosine)
+        contexts = torch.zeros(55, 80)
+        for place in range(11):
+            contexts[place, place // (alike + 1)], contexts[place, 20 + place] = shared, own
+        return mine_rock_tokens(ids, losses, after, contexts)[0].recurrence
+
+    assert kept(10, 0.81) == 1 and kept(10, 0.79) == 0
+    assert kept(3, 0.9) == pytest.approx(8 / 11) and kept(2, 0.9) == 0  # 3 of 10 others alike, or 2
+    lower = losses.clone()
+    lower[5:11] = 1.0
+    assert kept(10, 0.9, lower) == pytest.approx(5 / 11)
+
+
+def test_a_hundred_types_by_context_of_a_list_and_behind_the_five_most_frequent_online(
+    student: Policy, tmp_path: Path
+) -> None:
+    types = tuple(
+        TokenType(id=id, frequency=1000 - id, loss=1.0 + id, recurrence=0.5 + (id % 2) / 2) for id in range(150)
+    )
+    RockList(vocabulary=student.vocabulary.digest, checkpoint="step-10", types=types).save(tmp_path / "list.json")
+    by_context = sorted(types, key=lambda one: -one.loss * one.frequency * one.recurrence)
+    found = part_of(built(student, source=str(tmp_path / "list.json")))
+    assert found.rocks == {one.id for one in by_context[:100]}
+    assert (found.config.weight, found.config.renormalise) == (0.1, "none")
+    online = part_of(built(student, mine_steps=1))
+    row = tiny.rollout(student, [id for id in range(20, 30) for _ in range(30 - id)])
+    online.after([replace(row, facts={LOSS: (1.0,) * len(row)})], Signal((), ()), 1, None)  # type: ignore[arg-type]
+    assert online.rocks == set(range(25, 30))
+
+
 def test_a_context_is_the_mean_of_the_tokens_around() -> None:
     embedding = torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ids = torch.tensor([3, 1, 4, 1, 5])
@@ -187,6 +225,27 @@ def test_the_prediction_of_a_rock_is_frozen_and_what_follows_it_is_not(student: 
 
     assert all(not bool(gradient.any()) for gradient in alone(1))
     assert any(bool(gradient.any()) for gradient in alone(2))
+
+
+def test_in_the_dense_form_it_is_the_divergence_at_that_place(student: Policy, teacher: Policy, listed: Path) -> None:
+    rows = [tiny.rollout(student, [A, ROCK, B])]
+    method = built(student, form="dense", source=str(listed), weight=0.0)
+    signal = method.read(rows, [scored(teacher, query) for query in method.audit(rows, 1)], 1)
+    assert signal.weights_BT[0].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("renormalise", ["none", "sum_w"])
+@pytest.mark.parametrize("types", [(), (TokenType(id=ROCK, frequency=4, loss=0.0),)], ids=["empty", "weightless"])
+def test_a_list_without_rocks_is_plain_to_the_last_bit(
+    student: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture, types: tuple[TokenType, ...], renormalise: str
+) -> None:
+    RockList(vocabulary=student.vocabulary.digest, checkpoint="step-10", types=types).save(tmp_path / "list.json")
+    method = built(student, source=str(tmp_path / "list.json"), weight=0.0, renormalise=renormalise)
+    rows = [tiny.rollout(student, [A, ROCK, B]), tiny.rollout(student, [ROCK])]
+    found, plain = (read(one, rows) for one in (method, compose(METHODS.get("opd").Config(), student, 0)))
+    assert all(torch.equal(a, b) for a, b in zip(found.values_BT, plain.values_BT, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.mask_BT, plain.mask_BT, strict=True))
+    assert f"no token type is heavy enough, of {len(types)} that occur" in caplog.text
 
 
 def test_without_renormalising_the_loss_keeps_its_divisor_and_is_linear_in_the_weight(
@@ -243,7 +302,13 @@ def test_a_list_for_another_tokenizer_is_refused(student: Policy, listed: Path) 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "No such file"), ("[]", "no list of token types"), ("\xff", "no list")]
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("[]", "no list of token types"),
+        ("\xff", "no list"),
+        ('{"vocabulary": "v", "types": []}', "no list"),  # of which student, at which step?
+    ],
 )
 def test_a_list_that_can_not_be_read_is_refused(
     student: Policy, tmp_path: Path, content: str | None, said: str
@@ -261,6 +326,15 @@ def test_a_type_that_the_student_needs_is_a_caution(student: Policy, listed: Pat
         for said in built(student, source=str(listed)).cautions()
     )
     assert not any("accuracy falls" in said for said in built(student).cautions())
+
+
+@pytest.mark.parametrize(("delta", "pillars"), [(-0.01, (ROCK,)), (-0.009, ()), (0.02, ()), (None, ())])
+def test_a_pillar_costs_a_point_of_accuracy(
+    student: Policy, tmp_path: Path, delta: float | None, pillars: tuple[int, ...]
+) -> None:
+    types = (TokenType(id=ROCK, frequency=4, loss=1.0, knock_out=delta), TokenType(id=A, frequency=4, loss=1.0))
+    RockList(vocabulary=student.vocabulary.digest, checkpoint="step-10", types=types).save(tmp_path / "list.json")
+    assert part_of(built(student, source=str(tmp_path / "list.json"))).pillars == pillars
 
 
 def test_a_list_needs_nothing_of_the_teacher_and_mining_needs_its_distributions(student: Policy, listed: Path) -> None:
