@@ -198,9 +198,23 @@ def test_every_need_of_the_run_has_a_check() -> None:
     assert {*NEEDS_OF_THE_RUN, "judge"} == OF_THE_RUN
 
 
-def test_a_method_of_one_process_refuses_two(student: Policy) -> None:
-    method = built("opd", student)
-    method.one_process = True
+SHUFFLED = {"control": "shuffled"}  # what belongs to a prompt is dealt out over the whole step before anything is asked
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("gad", {}), ("ropd", {}), ("ovd", SHUFFLED), ("soda", SHUFFLED), ("orpo_distill", SHUFFLED)],
+)
+def test_a_method_of_one_process_refuses_two(name: str, settings: dict[str, Any], student: Policy) -> None:
+    method, prompts = built(name, student, **settings), [SimpleNamespace(reference="19")]
     with pytest.raises(ConfigError, match="start one process"):
-        checked(student, method, processes=2)
-    assert Ranks().count == 1
+        checked(student, method, name, prompts=prompts, processes=2)
+    assert checked(student, method, name, prompts=prompts, processes=Ranks().count) is None
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_other_methods_take_two(name: str, student: Policy) -> None:
+    method = built(name, student)
+    assert method.one_process == (name in ("gad", "ropd"))
+    if not method.one_process:
+        checked(student, method, name, prompts=[SimpleNamespace(reference="19")], processes=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def nothing_to_learn(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return updated(student, rollouts, signal_of(rollouts, branches=False), ranks)
 
 
+def nothing_to_say(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A step in which no process has anything to learn: all of them still come to every exchange."""
+    student = moved(tiny.policy(folder))
+    rollouts = rollouts_of(student)
+    silent = Signal(tuple(torch.zeros(len(r)) for r in rollouts), tuple(torch.zeros(len(r)).bool() for r in rollouts))
+    return updated(student, rollouts, silent, ranks, beta=0.0)
+
+
+def inner_products(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Gradients of several signals against one another, as a schedule reads them."""
+    student = moved(tiny.policy(folder))
+    rollouts = rollouts_of(student)
+    some, other = signal_of(rollouts), signal_of(rollouts, branches=False)
+    trainer = Trainer(student, FAST, objective(), ranks=ranks)
+    gram = trainer.gram(rollouts, [some, other])
+    named = {f"{i}, {j}": number for i, row in enumerate(gram) for j, number in enumerate(row)}
+    return {"metrics": [named], "weights": torch.cat([whole(p.detach()).flatten() for p in trainer.trained])}
+
+
 def reworked_logits(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """A model whose head can't be read in slices, and a process without tokens."""
     student = moved(tiny.policy(folder))
@@ -79,7 +99,8 @@ def dense(folder: Path, ranks: Ranks) -> dict[str, Any]:
         SubsetTarget(theirs[row], 4) if row % 2 else FullTarget(theirs[row], "jsd") for row in range(len(rollouts))
     )
     signal = signal_of(rollouts, branches=False)
-    return updated(student, rollouts, Signal(signal.values_BT, signal.mask_BT, targets), ranks)
+    weights = tuple(torch.rand(len(rollout)) for rollout in rollouts)
+    return updated(student, rollouts, Signal(signal.values_BT, signal.mask_BT, targets, weights_BT=weights), ranks)
 
 
 def lora(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -105,9 +126,32 @@ def sampled(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {"texts": texts, "weights": torch.cat([whole(p.detach()).flatten() for p in trainer.trained])}
 
 
+def inner_products(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Of two signals' gradients after an update, in both metrics."""
+    student = moved(tiny.policy(folder))
+    rollouts = rollouts_of(student)
+    signal = signal_of(rollouts, branches=False)
+    other = replace(signal, values_BT=tuple(value * (torch.arange(len(value)) < 3) for value in signal.values_BT))
+    trainer = Trainer(student, FAST, objective(beta=0.0), ranks=ranks)
+    trainer.update(rollouts, signal)
+    grams = [torch.tensor(trainer.gram(rollouts, [signal, other], metric)) for metric in ("identity", "adam")]
+    cosines = [gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt() for gram in grams]
+    return {"weights": torch.stack([*grams[0].flatten(), *cosines])}
+
+
 SCENARIOS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
     scenario.__name__: scenario
-    for scenario in (branches, branches_in_rows, nothing_to_learn, reworked_logits, dense, lora, sampled)
+    for scenario in (
+        branches,
+        branches_in_rows,
+        nothing_to_learn,
+        nothing_to_say,
+        inner_products,
+        reworked_logits,
+        dense,
+        lora,
+        sampled,
+    )
 }
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def check(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         for name in {"gradient", "weights"} & expected.keys():
             torch.testing.assert_close(one[name], expected[name], atol=1e-5, rtol=1e-5)
         for mine, alone in zip(one.get("metrics", []), expected.get("metrics", []), strict=True):
-            assert mine == pytest.approx(alone, abs=1e-5)
+            assert mine == pytest.approx(alone, abs=1e-5, rel=1e-5)
     assert float(expected["weights"].abs().sum()) > 0
 
 
