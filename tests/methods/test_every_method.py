@@ -435,6 +435,39 @@ def test_on_these_rows_it_does_something(name: str, anchored: Policy) -> None:
     assert writes or learns or found.signal.targets or not _same(found.signal, plain.signal)
 
 
+ON_POSITIONS = (Place.MASK, Place.WEIGHT, Place.TRANSFORM, Place.BONUS)
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS.names() if PARTS.get(name).place in ON_POSITIONS])
+def test_a_part_leaves_the_likelihood_of_right_rollouts_alone(
+    name: str, anchored: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """composition.md, 5: trust in positions concerns the branch that is distilled, even where the teacher scored both."""
+    monkeypatch.setattr(PARTS.get("correctness_router"), "spares_right", False)
+    rows = [replace(row, top=()) for row in written(anchored, [13, 5, 9, 8])]
+    joined = {"name": "opd", "parts": ["correctness_router", *config_of(f"opd + {name}")["parts"]]}
+    alone = {"name": "opd", "parts": ["correctness_router"]}
+    verdicts = dict(zip([row.text for row in rows], (True, False, False, True), strict=True))
+
+    def check(prompt: Prompt, text: str) -> bool:
+        return verdicts[text]
+
+    one, other = (taught(anchored, config, rows, check=check).signal for config in (joined, alone))
+    for row in (0, 3):
+        assert torch.equal(one.values_BT[row], other.values_BT[row])
+        assert torch.equal(one.mask_BT[row], other.mask_BT[row]) and bool(one.mask_BT[row].all())
+
+
+def test_a_fork_keeps_its_guidance_where_its_own_token_is_masked(anchored: Policy) -> None:
+    """composition.md, 5: both rank places of high loss."""
+    rows = written(anchored, [13, 5, 9, 8])
+    fork, few = {"name": "fork_guidance", "horizon": 6}, {"name": "teachability", "k": 4, "rho": 0.1}
+    both, alone = (taught(anchored, {"name": "opd", "parts": parts}, rows).signal for parts in ([fork, few], [fork]))
+    assert [(b.row, b.at, b.ids) for b in both.branches] == [(b.row, b.at, b.ids) for b in alone.branches] != []
+    masked = [branch for branch in both.branches if not both.mask_BT[branch.row][branch.at]]
+    assert masked, "no fork is masked"
+
+
 # ------------------------------------------------------------------ what it needs
 
 
