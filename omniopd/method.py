@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from omniopd.objective import Objective
-from omniopd.types import Capabilities, Distributions, Evidence, Prompt, Query, Rollout, Signal, Writing
+from omniopd.types import Capabilities, Distributions, Evidence, Metric, Prompt, Query, Rollout, Signal, Writing
 from omniopd.vocabulary import Vocabulary
 
 Facts = Mapping[str, Sequence[float]]
@@ -75,7 +75,9 @@ class Discriminator(Protocol):
 class Gradients(Protocol):
     """What the trainer tells of gradients, at the present weights."""
 
-    def gram(self, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[list[float]]:
+    def gram(
+        self, rollouts: Sequence[Rollout], signals: Sequence[Signal], metric: Metric = "identity"
+    ) -> list[list[float]]:
         """Inner products [K, K] of the gradients of K signals on the same rollouts, over all trained weights."""
         ...
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omniopd.method import Gradients
-from omniopd.types import Rollout, Signal
+from omniopd.types import Metric, Rollout, Signal
 
 
 def segment_gram(
@@ -25,6 +25,7 @@ def segment_gram(
     edges: Sequence[int],
     *,
     split: bool = False,
+    metric: Metric = "identity",
 ) -> Tensor:
     """Inner products [K, K] of the gradients of K segments of some rollouts, as the signal has them.
 
@@ -38,7 +39,7 @@ def segment_gram(
     probe = [rollout if row in rows else _emptied(rollout) for row, rollout in enumerate(rollouts)]
     halves = [rows[::2], rows[1::2]] if split else [rows]
     signals = [_segment(signal, probe, half, start, end) for half in halves for start, end in spans]
-    gram = torch.tensor(gradients.gram(probe, signals), dtype=torch.float64)
+    gram = torch.tensor(gradients.gram(probe, signals, metric), dtype=torch.float64)
     if not split:
         return gram
     apart = gram[: len(spans), len(spans) :]

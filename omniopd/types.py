@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
 Author = Literal["student", "initial", "teacher", "mixed"]
+Metric = Literal["identity", "adam"]
+"""M of inner products `a' M^-1 b` of gradients; adam: `diag(v + mean v)`, v the optimizer's second moments."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from omniopd.errors import ConfigError, NonFiniteLoss
 from omniopd.objective import Objective
 from omniopd.settings import Settings
-from omniopd.types import Observing, Rollout, Signal, Target
+from omniopd.types import Metric, Observing, Rollout, Signal, Target
 from students.batches import Batch, blank_batch, micro_batches
 from students.learner import Learner
 from students.packing import build_rows
@@ -180,17 +180,30 @@ class Trainer:
             **(ratio_figures(torch.cat(all_ratios), stale.most) if stale else {}),
         }
 
-    def gram(self, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[list[float]]:
+    def gram(
+        self, rollouts: Sequence[Rollout], signals: Sequence[Signal], metric: Metric = "identity"
+    ) -> list[list[float]]:
         """Inner products [K, K] of the gradients of K signals on the same rollouts, over all trained weights, in float64.
 
         Each signal's loss has its own scale (`coefficients`). The gradients that wait for an update are dropped.
         """
+        scales: Sequence[Tensor | float] = self._whitening() if metric == "adam" else [1.0] * len(self.trained)
         gradients = []
         for signal in signals:
             self.accumulate(rollouts, signal)
-            gradients.append([whole(w.grad).double() if w.grad is not None else None for w in self.trained])
+            pairs = zip(self.trained, scales, strict=True)
+            gradients.append([whole(w.grad).double() * scale if w.grad is not None else None for w, scale in pairs])
         self.optimizer.zero_grad(set_to_none=True)
         return [[_product(one, other) for other in gradients] for one in gradients]
+
+    def _whitening(self) -> list[Tensor]:
+        """`1 / sqrt(v + mean v)` of each trained weight, v AdamW's second moments: weights that it has hardly met count as
+        those of an average one, or the rarest token would decide every inner product [ours]."""
+        states = [self.optimizer.state.get(w, {}).get("exp_avg_sq") for w in self.trained]
+        found = zip(self.trained, states, strict=True)
+        moments = [whole(torch.zeros_like(w) if v is None else v).double() for w, v in found]
+        mean = sum(float(v.sum()) for v in moments) / sum(v.numel() for v in moments)
+        return [(v + mean).rsqrt() if mean else torch.ones_like(v) for v in moments]
 
     def _batches(self, rollouts: Sequence[Rollout], signal: Signal) -> list[Batch]:
         """This process's micro-batches, as many as any other has (trap S3)."""

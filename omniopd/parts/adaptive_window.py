@@ -8,10 +8,11 @@ rollouts of the step, which are a random draw since prompts are shuffled, are wr
 random stream of its own, so their first tokens are those of a rollout that is cut; the others are measured and never learned.
 
 The probe is read at once, not some steps late: its gradients are those of the weights right after the update, in which its
-tokens count by the update's own importance ratio. They are the base method's, before other parts; the metric is the identity,
-the normaliser one constant. Noise makes the cosine too small and the window too long: `split_half` multiplies gradients of
-different rollouts only. Compare with `window_null`, sqrt(tokens in the window / all tokens): so much has a gradient of pure
-noise. All of this [ours].
+tokens count by the update's own importance ratio. They are the base method's, before other parts, with one constant as
+their normaliser. Published is the cosine in Fisher's metric [second-hand]; here it is that of the identity, or by `metric:
+adam` of the diagonal of the optimizer's second moments, damped by their mean. Noise makes the cosine too small and so the
+window too long: `split_half` multiplies gradients of different rollouts only. Compare with `window_null`, sqrt(tokens in
+the window / all tokens): so much has a gradient of pure noise. All of this [ours].
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from omniopd.objective import Objective
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import PARTS
 from omniopd.segments import null_cosine, prefix_cosines, segment_gram
-from omniopd.types import Evidence, Prompt, Rollout, Signal, Writing
+from omniopd.types import Evidence, Metric, Prompt, Rollout, Signal, Writing
 
 TOLERANCE = 1e-9  # of the cosine: rounding must not decide a tie
 Edge = Literal["largest", "full"]
@@ -51,6 +52,10 @@ class AdaptiveWindowSettings(PartSettings):
     start: Edge = Field(default="largest", description="first window: the largest candidate, or `longest`")
     fallback: Edge = Field(default="largest", description="window where no candidate is good enough")
     split_half: bool = Field(default=False, description="multiply gradients of different rollouts only")
+    metric: Metric = Field(
+        default="identity",
+        description="M of the cosine in M^-1; adam: the diagonal of the optimizer's second moments, nearer to Fisher's",
+    )
 
     @field_validator("candidates")
     @classmethod
@@ -118,7 +123,8 @@ class AdaptiveWindow(Part):
         edges = [edge for edge in self.config.candidates if edge < max(lengths, default=0)]
         if not edges:  # nothing to be cut by any window
             return {}
-        gram = segment_gram(gradients, rollouts, base, rows, edges, split=self.config.split_half)
+        config = self.config
+        gram = segment_gram(gradients, rollouts, base, rows, edges, split=config.split_half, metric=config.metric)
         cosines = prefix_cosines(gram)
         if cosines is None:
             return {"window_zero_gradient": 1.0}

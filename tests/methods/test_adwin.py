@@ -20,12 +20,12 @@ from omniopd.composition import Composed, compose
 from omniopd.config import load_config
 from omniopd.errors import ConfigError
 from omniopd.method import Method
-from omniopd.parts.adaptive_window import AdaptiveWindow
+from omniopd.parts.adaptive_window import AdaptiveWindow, AdaptiveWindowSettings
 from omniopd.registry import METHODS
 from omniopd.run import Run
-from omniopd.segments import null_cosine, prefix_cosines
+from omniopd.segments import null_cosine, prefix_cosines, segment_gram
 from omniopd.settings import tagged
-from omniopd.types import Rollout, Signal
+from omniopd.types import Metric, Rollout, Signal
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
@@ -84,7 +84,9 @@ class Vectors:
     def __init__(self, vectors: Callable[[int, int], Tensor]) -> None:
         self.vectors, self.asked, self.lengths = vectors, 0, list[int]()
 
-    def gram(self, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[list[float]]:
+    def gram(
+        self, rollouts: Sequence[Rollout], signals: Sequence[Signal], metric: Metric = "identity"
+    ) -> list[list[float]]:
         self.asked, self.lengths = self.asked + 1, [len(rollout) for rollout in rollouts]
         sums = []
         for signal in signals:
@@ -114,6 +116,16 @@ def test_golden_inner_products() -> None:
     cosines = prefix_cosines(GOLDEN)
     assert cosines is not None
     assert cosines.tolist() == pytest.approx([0.632456, 0.850517, 1.0], abs=1e-6)
+
+
+def test_golden_inner_products_choose_the_second_segment(student: Policy) -> None:
+    class Golden(Vectors):
+        def gram(self, *args: Any) -> list[list[float]]:
+            return GOLDEN.tolist()
+
+    found = decided(student, Golden(lambda row, t: torch.zeros(1)), [16, 16], {**SHORT, "candidates": [2, 4]})
+    assert (found["window_cos_2"], found["window_cos_4"]) == pytest.approx((0.632456, 0.850517), abs=1e-6)
+    assert found["window_next"] == 4
 
 
 @pytest.mark.parametrize(
@@ -279,6 +291,84 @@ def test_inner_products_are_those_of_the_prefixes_own_gradients(student: Policy,
     for prefix, end in zip(prefixes, (2, 4), strict=False):
         expected = float(prefix @ prefixes[-1] / (prefix.norm() * prefixes[-1].norm()))
         assert found[f"window_cos_{end}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_in_adams_metric_gradients_are_divided_by_its_second_moments(student: Policy, teacher: Policy) -> None:
+    method = built(student, {**SHORT, "metric": "adam"})
+    rows = written(student, method)
+    _, _, signal, trainer = learned(student, teacher, method, rows)
+    trainer.update(rows, signal)
+    base = part_of(method)._probe
+    assert base is not None
+    segments = [(0, 2), (2, 4), (4, 8), (8, 16)]
+    found, plain = (segment_gram(trainer, rows, base, range(2), [2, 4, 8], metric=m) for m in ("adam", "identity"))
+    moments = [trainer.optimizer.state[p]["exp_avg_sq"].double().flatten() for p in trainer.trained]
+    metric = torch.cat(moments) + torch.cat(moments).mean()
+    gradients = []
+    for start, end in segments:
+        masks = [m & (torch.arange(len(m)) >= start) & (torch.arange(len(m)) < end) for m in base.mask_BT]
+        values = [v * m * (row < 2) for row, (v, m) in enumerate(zip(base.values_BT, masks, strict=True))]
+        trainer.accumulate(rows, replace(base, values_BT=tuple(values)))
+        gradients.append(torch.cat([p.grad.double().flatten() for p in trainer.trained if p.grad is not None]))
+    stacked = torch.stack(gradients)
+    expected = prefix_cosines(stacked / metric @ stacked.T)
+    torch.testing.assert_close(prefix_cosines(found), expected, rtol=1e-4, atol=1e-6)
+    assert expected is not None and (expected - prefix_cosines(plain))[:-1].abs().max() > 1e-3  # type: ignore[operator]
+    assert method.after(rows, signal, 1, trainer)["window_cos_2"] == pytest.approx(float(expected[0]), rel=1e-4)
+
+
+def test_before_any_update_adams_metric_is_the_identity(student: Policy, teacher: Policy) -> None:
+    method = built(student, SHORT)
+    rows = written(student, method)
+    _, _, signal, trainer = learned(student, teacher, method, rows)
+    assert trainer.gram(rows, [signal], "adam") == trainer.gram(rows, [signal])
+
+
+@pytest.mark.parametrize("reduction", ["sum_seqmean", "token_mean"])
+def test_one_normaliser_leaves_the_cosine_as_it_is_and_so_do_decay_and_clipping(
+    student: Policy, teacher: Policy, reduction: str
+) -> None:
+    """A mean for each sequence would weigh sequences anew."""
+    found = []
+    for how, settings in (("term_mean", {}), (reduction, {"weight_decay": 0.5, "max_grad_norm": 1e-6})):
+        method = built(student, SHORT, reduction=how)
+        rows = written(student, method)
+        rows = [rows[0], replace(rows[1], ids=rows[1].ids[:7], logprobs=rows[1].logprobs[:7]), *rows[2:]]
+        signal = method.read(rows, [scored(teacher, query) for query in method.audit(rows, 1)], 1)
+        trainer = Trainer(student, OptimizerSettings(**settings), method.objective)
+        found.append(method.after(rows, signal, 1, trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert len(found[0]) == 7
+
+
+def test_the_shortest_window_for_good_is_esr_of_that_length(student: Policy, teacher: Policy) -> None:
+    """rho = -1, between probes: what is written, learned and asked, to the last bit."""
+    method = built(student, {**SHORT, "rho": -1})
+    probe = written(student, method)
+    method.read(probe, [scored(teacher, query) for query in method.audit(probe, 1)], 1)
+    method.after(probe, Signal((), ()), 1, Vectors(lambda row, t: torch.ones(1)))
+    early = compose(
+        TypeAdapter(tagged(METHODS)).validate_python(
+            {"name": "esr", "form": "sampled", "parts": [{"name": "horizon", "tokens": 2}]}
+        ),
+        student,
+        0,
+    )
+    rows = [replace(row, version=1) for row in written(student, method, step=2)]
+    assert rows == [replace(row, version=1) for row in written(student, early, step=2)]
+    assert list(map(len, rows)) == [2] * 4
+    one, other = (learned(student, teacher, chosen, rows, step=2) for chosen in (method, early))
+    assert one[0] == other[0] != 0
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+def test_the_defaults_are_the_sheets() -> None:
+    defaults = AdaptiveWindowSettings()
+    assert defaults.rho == pytest.approx(math.sqrt(2) / 2)
+    assert defaults.candidates == [64, 128, 256, 512, 1024, 2048]
+    assert (defaults.longest, defaults.probes, defaults.every) == (8192, 64, 5)
+    assert (defaults.start, defaults.fallback) == ("largest", "largest")
+    assert (defaults.split_half, defaults.metric) == (False, "identity")
 
 
 def test_an_anchor_on_what_nobody_spoke_about_is_no_part_of_it(student: Policy, teacher: Policy) -> None:

@@ -126,17 +126,16 @@ def sampled(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {"texts": texts, "weights": torch.cat([whole(p.detach()).flatten() for p in trainer.trained])}
 
 
-def inner_products(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Of two signals' gradients after an update, in both metrics."""
+def cosine(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Of two signals' gradients, in the metric of the optimizer's second moments after an update."""
     student = moved(tiny.policy(folder))
     rollouts = rollouts_of(student)
     signal = signal_of(rollouts, branches=False)
     other = replace(signal, values_BT=tuple(value * (torch.arange(len(value)) < 3) for value in signal.values_BT))
     trainer = Trainer(student, FAST, objective(beta=0.0), ranks=ranks)
     trainer.update(rollouts, signal)
-    grams = [torch.tensor(trainer.gram(rollouts, [signal, other], metric)) for metric in ("identity", "adam")]
-    cosines = [gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt() for gram in grams]
-    return {"weights": torch.stack([*grams[0].flatten(), *cosines])}
+    gram = torch.tensor(trainer.gram(rollouts, [signal, other], "adam"))
+    return {"weights": gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt()}
 
 
 SCENARIOS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
@@ -147,6 +146,7 @@ SCENARIOS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
         nothing_to_learn,
         nothing_to_say,
         inner_products,
+        cosine,
         reworked_logits,
         dense,
         lora,
