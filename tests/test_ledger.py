@@ -66,6 +66,18 @@ def test_the_cost_of_fresh_cached_and_written_tokens() -> None:
     assert Price().cost(usage) == 0
 
 
+def test_golden_cost_of_a_trajectory_with_and_without_the_cache() -> None:
+    """OmniOPD's sheet: 10 chunks of 50 tokens, 10 continuations each, 4000 tokens; nested prefixes are read once."""
+    chunks, tokens, draws, length = 10, 50, 10, 4000
+    prompt = chunks * draws * length // 2
+    price = Price(prompt=0.435, completion=0.87, cache_read=0.003625)
+    uncached = Usage(prompt_tokens=prompt, completion_tokens=chunks * draws * tokens)
+    cached = replace(uncached, cache_read_tokens=prompt - length)
+    assert (prompt, uncached.completion_tokens) == (200_000, 5_000)
+    assert price.cost(uncached) == pytest.approx(0.091, abs=5e-4)
+    assert price.cost(cached) == pytest.approx(0.007, abs=5e-4)
+
+
 @given(*[st.integers(0, 10_000)] * 4, *[st.floats(0, 100)] * 4, st.booleans())
 def test_no_call_costs_more_than_the_most_for_its_tokens(
     fresh: int, read: int, written: int, out: int, a: float, b: float, c: float, d: float, whole: bool

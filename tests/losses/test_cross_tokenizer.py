@@ -158,6 +158,11 @@ def test_gold_golden_merge() -> None:
     merged = bayesian_merge(p.log(), torch.tensor([0, 1]), [(0, 2)]).exp()
     torch.testing.assert_close(merged, torch.tensor([[0.03, 0.54, 0.03]], dtype=torch.float64), atol=1e-15, rtol=0)
     assert merged.sum().item() == pytest.approx(0.6, abs=1e-15)
+    observed = (
+        p[0] * p[1, 1]
+    )  # row k times the probability of token k, though row k tells of token k + 1: TRL's default
+    assert observed.tolist() == pytest.approx([0.54, 0.27, 0.09]) and float(observed.sum()) == pytest.approx(0.9)
+    assert (merged[0] - observed).abs().max() > 0.2
 
 
 def test_bayesian_merge_is_the_joint_probability_by_enumeration() -> None:

@@ -164,6 +164,9 @@ def test_l7_the_anchor_is_kl_of_reference_to_student() -> None:
     """With student samples E[r log r], r = ref / student, estimates it; the common k3 form estimates the other one."""
     p, r = P, Q / P
     exact = forward_kl(TEACHER, STUDENT).item()
+    gradient = value_and_gradient(lambda at: forward_kl(TEACHER, at), STUDENT)[1]
+    golden = [0.4396378691, -0.3458419318, 0.0507912253, -0.1272281366, -0.0173590259]
+    assert gradient.tolist() == pytest.approx(golden, abs=5e-11)
     assert (p * r * r.log()).sum().item() == pytest.approx(exact, abs=1e-12)
     k3 = (p * (r - 1 - r.log())).sum().item()
     assert k3 == pytest.approx(0.6280302556, abs=5e-11)  # KL(student || reference)

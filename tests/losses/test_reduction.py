@@ -39,6 +39,16 @@ def test_l8_beta_means_what_the_mode_says_whatever_the_lengths() -> None:
         assert (kl_scale * unaudited) / (value_scale * audited) == pytest.approx(unaudited / audited)
 
 
+@pytest.mark.parametrize(("length", "share", "beta"), [(4000, 7, 0.7), (8000, 15, 1.5), (1000, 1, 0.1)])
+def test_l8_the_beta_of_term_mean_that_holds_as_strongly_as_0_1_in_sums(length: int, share: float, beta: float) -> None:
+    """500 audited tokens: |U| / |A| of the sheet."""
+    (value, kl), (value_of_sums, kl_of_sums) = (
+        reduction_scales(mode, 500, length - 500, 1) for mode in ("term_mean", "sum_seqmean")
+    )
+    assert kl_of_sums / value_of_sums == pytest.approx(share * kl / value)
+    assert 0.1 * kl_of_sums / value_of_sums == pytest.approx(beta * kl / value)
+
+
 @pytest.mark.parametrize("mode", ["sum_seqmean", "term_mean", "token_mean"])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_o12_split_into_micro_batches(mode: Reduction, parts: int) -> None:

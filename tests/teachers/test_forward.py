@@ -127,6 +127,18 @@ def test_neither_neighbours_nor_padding_nor_slices_move_a_score(
     assert together[4].logprobs == ()  # trap R11: nothing is asked of it, and x[-0:] would be all
 
 
+def test_r1_a_copy_teacher_is_sure_of_every_token_and_a_token_late_of_none() -> None:
+    """It gives the actual next token 1 - 1e-6: about -1e-6 nats each, and a slice that is shifted by one fails loudly."""
+    model, row = tiny.model(tiny.byte_level()), Given((7, 8, 9, 6, 5, 30), 2)
+    rest = len(row.ids) - row.start
+    copied = torch.full((rest, 320), 1e-6 / 319, dtype=torch.float64)
+    copied[range(rest), row.ids[row.start :]] = 1 - 1e-6
+    (sure,) = forward.score(model, lambda states: copied.log(), [row], batch_tokens=100)
+    (late,) = forward.score(model, lambda states: copied.log().roll(1, 0), [row], batch_tokens=100)
+    assert list(sure.logprobs) == pytest.approx([-1e-6] * rest, abs=2e-7)
+    assert all(value is not None and value < -15 for value in late.logprobs)
+
+
 def test_each_row_gets_what_it_asked_for_and_all_share_a_head() -> None:
     model = tiny.model(tiny.byte_level())
     logits = logits_of(model)

@@ -139,6 +139,16 @@ def test_r1_each_value_lands_on_its_own_token(make: Any, door: str) -> None:
     assert found.ends == spelling.ends and found.ends[-1] == found.ends[-2] == len(TEXT.encode())
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_r1_a_prompt_that_quotes_the_answer_is_not_taken_for_it(make: Any, door: str) -> None:
+    """Where the response begins is counted, not searched for."""
+    teacher, _ = make(door)
+    asked = replace(query(), prompt=tiny.prompt(f"Is this right? {TEXT} Say it again: {TEXT}"))
+    (found,) = gather(teacher, asked)
+    assert isinstance(found, TokenScores)
+    assert list(found.logprobs) == canary(teacher, asked, len(asked.ids))
+
+
 @pytest.mark.parametrize("door", ["vllm", "sglang"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_r13_the_k_likeliest_by_their_ids_and_the_given_one_by_its_own(make: Any, door: str, k: int) -> None:

@@ -76,6 +76,19 @@ def test_log_ratio_bias_at_finite_n(n: int, bias: float) -> None:
     assert expected == pytest.approx(bias, abs=5e-9)
 
 
+@pytest.mark.parametrize(("q", "p"), [(0.3, 0.5), (0.8, 0.1), (0.05, 0.9)])
+def test_the_log_ratio_of_one_token_and_many_replies_is_plain_distillations_advantage(q: float, p: float) -> None:
+    """Exact match of one token, N to infinity: `log q - log p`, whatever the prior."""
+    n = 10**12
+    for alpha in (0.5, 1.0, 5.0):
+        assert log_ratio(smoothed(n * q, n, p, alpha), p) == pytest.approx(math.log(q) - math.log(p), abs=1e-9)
+
+
+@pytest.mark.parametrize(("n_eff", "share"), [(10, 1 / 11), (5, 1 / 6)])
+def test_the_priors_share_grows_as_replies_are_lost(n_eff: int, share: float) -> None:
+    assert smoothed(3.0, n_eff, 1.0, 1.0) - smoothed(3.0, n_eff, 0.0, 1.0) == pytest.approx(share)
+
+
 def test_survival_golden() -> None:
     """By hand: q = (8 + .5)/11, (1 + .25)/9, then nobody at risk."""
     values, mask = survival_advantages([8, 1, 0], [10, 8, 0], [math.log(p) for p in (0.5, 0.25, 0.1)], 1.0, 5.0)
