@@ -245,3 +245,9 @@ def test_what_it_needs(student: Policy) -> None:
     method = gad(student)
     assert method.needs == {"answer", "group", "fresh"} and method.one_process and method.measures
     assert (method.objective.anchor.beta, method.objective.anchor.where) == (0.001, "all")
+
+
+def test_the_defaults_are_the_official_codes() -> None:
+    config = GadConfig()
+    assert (config.learning_rate, config.max_grad_norm, config.warmup_steps) == (1e-6, 0.2, 800)
+    assert (config.anchor.beta, config.anchor.where, config.deviation) == (0.001, "all", "population")

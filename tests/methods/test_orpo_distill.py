@@ -12,6 +12,7 @@ import torch
 from paired import Step, answered, gradient_of, method_of, moved, right, sums
 from torch.nn.functional import logsigmoid
 
+from omniopd.methods.orpo_distill import OrpoDistillConfig
 from omniopd.methods.seqkd import SeqKD, SeqKDConfig
 from omniopd.pairs import PRESENT
 from omniopd.types import Prompt, Reply, Writing
@@ -137,3 +138,5 @@ def test_it_needs_a_verifier_and_no_number_of_the_teachers(student: Policy) -> N
     assert method.needs == {"answer", "group", "verify"}
     assert [query.n for query in method.before(prompts(), 1)] == [8] * 3
     assert right(prompts()[0]) == "The answer is 1."
+    config = OrpoDistillConfig()
+    assert (config.answers, config.phi, config.weight) == (8, 0.5, 0.1)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from omniopd.composition import compose
 from omniopd.groups import normalised
-from omniopd.judging import sections
+from omniopd.judging import BEST, sections
 from omniopd.method import Method
 from omniopd.methods.ovd import Ovd, OvdConfig
 from omniopd.registry import METHODS
@@ -227,3 +227,8 @@ def test_the_expected_grade_is_logged(student: Policy) -> None:
 
 def test_it_says_which_wording_the_grades_are_due_to(student: Policy) -> None:
     assert "wording " in ovd(student, []).describe() and "judge" not in ovd(student, [], theta=0).describe()
+
+
+def test_the_defaults_of_the_sheet() -> None:
+    config = OvdConfig()
+    assert (config.use, config.theta, config.replace, config.deviation, BEST) == ("filter", 6, True, "population", 9)

@@ -171,3 +171,8 @@ def test_it_says_what_it_needs_and_which_wordings_it_uses(student: Policy) -> No
     method = ropd(student)
     assert method.needs == {"answer", "judge", "group"} and method.one_process
     assert "wordings " in method.describe()
+
+
+def test_the_defaults_are_the_official_codes() -> None:
+    config = RopdConfig()
+    assert (config.answers, config.min_criteria, config.max_criteria) == (4, 4, 12)

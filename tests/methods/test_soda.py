@@ -124,3 +124,4 @@ def test_warm_steps_are_seqkd_to_the_last_bit(student: Policy) -> None:
 
 def test_it_needs_no_number_of_the_teachers() -> None:
     assert Soda.needs == {"answer", "group"} and Soda.keeps_initial and SodaConfig().anchor.beta == 0
+    assert (SodaConfig().beta, SodaConfig().answers, SodaConfig().filter, SodaConfig().warm_steps) == (0.1, 1, True, 0)
