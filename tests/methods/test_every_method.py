@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from apart import apart
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from omniopd.method import Method
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import METHODS, PARTS
 from omniopd.selftest import mirror
-from omniopd.selftest.rehearsal import rehearsed, share
+from omniopd.selftest.rehearsal import rehearsed
 from omniopd.settings import tagged
 from omniopd.types import (
     Answers,
@@ -36,9 +37,7 @@ from omniopd.types import (
     Rollout,
     Signal,
     TokenScores,
-    Writing,
 )
-from students.parcels import Parcels
 from students.policy import Policy, StudentSettings
 from students.trainer import OptimizerSettings, Trainer
 from students.view import StudentView
@@ -300,9 +299,14 @@ def test_three_processes_read_what_one_reads(name: str, control: str, anchored: 
     alone, *three = (built(anchored, {**config_of(name), "control": control}) for _ in range(4))
     if alone.one_process:
         return
+    rows = list(rows_for(alone, rows))
+
+    def answer(queries: Sequence[Query]) -> list[Evidence]:
+        return said(anchored, rows, queries, mirror.disagreeing)
+
     for step in (1, 2):
-        (expected,) = apart([alone], anchored, rows, step)
-        found = apart(three, anchored, rows, step)
+        (expected,) = apart([alone], anchored, rows, answer, step)
+        found = apart(three, anchored, rows, answer, step)
         assert {row: wish for one in found for row, wish in one.wishes.items()} == expected.wishes
         for one in found:
             signal, whole = one.signal, expected.signal
@@ -312,41 +316,6 @@ def test_three_processes_read_what_one_reads(name: str, control: str, anchored: 
             assert signal.branch_scale == pytest.approx(whole.branch_scale, abs=1e-5)
             assert dict(signal.stats) == pytest.approx(dict(whole.stats), abs=1e-4)
             assert dict(one.figures) == pytest.approx(dict(expected.figures), abs=1e-4)
-
-
-class Process(NamedTuple):
-    """A process's step: what it wishes for its own rows, what it reads of all, and what it tells the log afterwards."""
-
-    wishes: Mapping[int, Writing]
-    signal: Signal
-    figures: Mapping[str, float]
-
-
-def apart(methods: Sequence[Method], student: Policy, rows: Sequence[Rollout], step: int) -> list[Process]:
-    """A step of so many processes. As in a run, rows go round, each process asks about and measures its own with a method of
-    its own, and what the others found comes in parcels, which hold no distributions."""
-
-    def answer(queries: Sequence[Query]) -> list[Evidence]:
-        return said(student, rows, queries, mirror.disagreeing)
-
-    rows, count = rows_for(methods[0], rows), len(methods)
-    own = [{row: rows[row] for row in range(rank, len(rows), count)} for rank in range(count)]
-    shares = [
-        share(m, mine, answer, StudentView(student, mine.values()), step) for m, mine in zip(methods, own, strict=True)
-    ]
-    packers = [Parcels() for _ in methods]
-    parcels = [packer.pack(part) for packer, part in zip(packers, shares, strict=True)]
-    processes = []
-    for rank, method in enumerate(methods):
-        parts = [shares[other] if other == rank else packers[rank].open(parcels[other]) for other in range(count)]
-        together = {row: rollout for measured, _ in parts for row, rollout in measured.items()}
-        measured = [together[row] for row in range(len(rows))]
-        evidence = sorted((one for _, found in parts for one in found), key=lambda one: one.query.row)
-        wishes = method.writings({row: one.prompt for row, one in own[rank].items()}, shares[rank][1], step)
-        signal = method.read(measured, evidence, step)
-        figures = method.after(measured, signal, step, Trainer(student, OptimizerSettings(), method.objective))
-        processes.append(Process(wishes, signal, figures))
-    return processes
 
 
 # ------------------------------------------------------------------ edge cases
