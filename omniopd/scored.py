@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omniopd.alignment import MAX_CHUNK_TOKENS, AlignedChunk, Alignment
+from omniopd.alignment import MAX_CHUNK_TOKENS, AlignedChunk, Alignment, align_scores
 from omniopd.boundary import byte_scores
-from omniopd.credit import span_index, span_sums
+from omniopd.credit import span_index, span_sums, spread
 from omniopd.method import Method, StudentText
 from omniopd.objective import Anchor, Objective
 from omniopd.scored_records import record
@@ -219,6 +219,29 @@ def heard_chunks(
         else:
             holes[MISSING if total != total else INFINITE] += chunk.end - chunk.start
     return tuple(heard), holes
+
+
+def chunk_ratios(
+    rollout: Rollout, scores: TokenScores, vocabulary: Vocabulary, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """`L_T - L_S` in nats of the chunk that each token is in, [T], nan in none; and the place of its first token, [T].
+
+    Where the teacher scored the student's own tokens, each is a chunk.
+
+    Args:
+        vocabulary: the student's.
+        objective: whose `max_chunk_tokens` holds, if it has one.
+    """
+    if scores.ids == rollout.ids:
+        return nats(scores.logprobs) - nats(rollout.logprobs), torch.arange(len(rollout))
+    longest = objective.max_chunk_tokens if isinstance(objective, ChunkObjective) else MAX_CHUNK_TOKENS
+    alignment = align_scores(rollout, scores, vocabulary, max_tokens=longest)
+    worth = by_bytes(rollout, scores, vocabulary)
+    chunks, _ = heard_chunks(rollout, scores, alignment, worth)
+    own, theirs = likelihoods(rollout, scores, chunks, worth)
+    index = span_index([(chunk.start, chunk.end) for chunk in chunks], len(rollout))
+    starts = torch.tensor([chunk.start for chunk in chunks], dtype=torch.long)
+    return spread(theirs - own, index).where(index < len(chunks), torch.nan), spread(starts, index)
 
 
 def by_bytes(rollout: Rollout, scores: TokenScores, vocabulary: Vocabulary) -> Tensor | None:

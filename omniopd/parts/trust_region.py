@@ -11,8 +11,10 @@ sum_v min(p_v, q_v), so the share of trusted tokens estimates 1 - TV(p, q) [ours
 
 [ours] `soft`: weights P and 1 - P in place of the coin, the same expectation without its noise; a token then adds at least
 -1/e. `static`: an outlier is what lies at or below `tau`. The authors' baselines "clip" and "mask" are `region: static` with
-`outlier: clip` (max(lr, tau); their text prints it inverted) and `outlier: mask` (an advantage of 0). Not here: chunks of
-several tokens, for teachers of another tokenizer.
+`outlier: clip` (max(lr, tau); their text prints it inverted) and `outlier: mask` (an advantage of 0).
+
+Where the teacher has another tokenizer (`clip` and `mask` alone, on a method such as `dpca`), a chunk of the same bytes is
+trusted as one: P = min(exp(L_T - L_S), 1) of its two log-likelihoods, one coin for all of its tokens [ours].
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from omniopd.objective import Objective
 from omniopd.part import Part, PartSettings, Place
 from omniopd.registry import PARTS
 from omniopd.sampling import named_seed
-from omniopd.scored import nats
+from omniopd.scored import chunk_ratios
 from omniopd.targets.subset import TopKTarget
 
 LITTLE = 0.2  # of the tokens trusted: the forward KL on most of them made training collapse [paper]
@@ -50,7 +52,8 @@ class TrustRegionSettings(PartSettings):
     )
     outlier: Literal["fkl", "clip", "mask"] = Field(
         default="fkl",
-        description="fkl: forward KL on the teacher's k likeliest tokens; clip: max(lr, tau); mask: nothing",
+        description="fkl: forward KL on the teacher's k likeliest tokens, which must be the student's as well; clip: max(lr, "
+        "tau); mask: nothing",
     )
     k: int = Field(default=64, ge=1, description="fkl: likeliest tokens of the teacher")
     tau: float = Field(default=-3.0, le=0, description="static and clip: in nats [ours]")
@@ -67,7 +70,7 @@ class TrustRegion(Part):
     Config = TrustRegionSettings
     slots = ("evidence", "signal", "credit", "objective")
     place = Place.TRANSFORM
-    needs = frozenset({"score", "same tokenizer"})
+    needs = frozenset({"score"})
     dense = False
     warns: ClassVar[Mapping[str, str]] = {
         "whiten": "its mean is subtracted from outliers, too, which have no advantage; set whiten.center=false"
@@ -85,9 +88,10 @@ class TrustRegion(Part):
         for row in draft.rows:
             if row in draft.likelihood or row not in draft.scores:
                 continue
-            mask = draft.mask[row]
-            ratio = nats(draft.scores[row].logprobs) - nats(draft.rollouts[row].logprobs)
-            coins = _coins(len(mask), named_seed(self.seed, "trust_region", draft.step, *names[row]))
+            ratio, first = chunk_ratios(draft.rollouts[row], draft.scores[row], self.text.vocabulary, self.objective)
+            known = ~ratio.isnan()  # elsewhere there is nothing to believe or to doubt
+            draft.mask[row] = mask = draft.mask[row] & known
+            coins = _coins(len(mask), named_seed(self.seed, "trust_region", draft.step, *names[row]))[first]
             trusted = draft.dealt(row, trust(ratio.where(mask, 0.0), self.config.region, self.config.tau, coins))
             shares.append(trusted[mask])
             doubt = (1 - trusted).where(mask, 0.0)

@@ -2,14 +2,16 @@
 
     d = clamp(lr, -c, c);    A = (d - mu) / max(sqrt(var + 1e-8), sigma_min)
 
-mu and var: mean and variance (n - 1) of d over all learned tokens of the step, of all processes [official code]. `sigma_min`
-[ours]: without it the noise between a student and a teacher that agree is blown up to unit variance. Absolute agreement is
-lost: a token that the teacher mildly dislikes is rewarded. `sigma` in the log is the true measure of progress.
+mu and var: mean and variance (n - 1) of d over all learned tokens of the step, of all processes [official code], or over
+those of each prompt [ours], so that no prompt gains by being easier than another. `sigma_min` [ours]: without it the noise
+between a student and a teacher that agree is blown up to unit variance. Absolute agreement is lost: a token that the teacher
+mildly dislikes is rewarded. `sigma` in the log is the true measure of progress.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +32,9 @@ class WhitenSettings(PartSettings):
     clip: float = Field(default=5.0, gt=0, description="bound on |lr| before anything else, in nats; inf: none")
     center: bool = Field(default=True, description="subtract the mean")
     scale: bool = Field(default=True, description="divide by the standard deviation")
+    over: Literal["step", "prompt"] = Field(
+        default="step", description="whose tokens share mean and deviation: the whole step's, or one prompt's [ours]"
+    )
     sigma_min: float = Field(default=0.05, ge=0, description="least divisor, in nats [ours]; 0: as published")
 
     @property
@@ -51,21 +56,31 @@ class Whiten(Part):
     def apply(self, draft: Draft) -> None:
         """See `Part`."""
         rows = [row for row in draft.rows if row not in draft.likelihood]
-        ratios = [draft.advantage[row][draft.mask[row]] for row in rows]
-        joined = torch.cat(ratios) if ratios else torch.zeros(0, dtype=torch.float64)
-        clipped = joined.clamp(-self.config.clip, self.config.clip)
+        joined = _learned(draft, rows)
+        clipped = self._clipped(joined)
         mu, sigma = moments(clipped)
-        for row in rows:
-            draft.advantage[row] = self._whitened(draft.advantage[row], mu, sigma)
+        for group in [rows] if self.config.over == "step" else draft.groups().values():
+            own = [row for row in group if row in rows]
+            centre, spread = moments(self._clipped(_learned(draft, own)))
+            for row in own:
+                draft.advantage[row] = self._whitened(draft.advantage[row], centre, spread)
         draft.note(
             whiten_mu=mu, whiten_sigma=sigma, clip_share=float((joined != clipped).double().mean()) if rows else None
         )
 
+    def _clipped(self, ratios: Tensor) -> Tensor:
+        return ratios.clamp(-self.config.clip, self.config.clip)
+
     def _whitened(self, ratios: Tensor, mu: float, sigma: float) -> Tensor:
-        d = ratios.clamp(-self.config.clip, self.config.clip)
+        d = self._clipped(ratios)
         if self.config.center:
             d = d - mu
         return d / max(sigma, self.config.sigma_min) if self.config.scale else d
+
+
+def _learned(draft: Draft, rows: Sequence[int]) -> Tensor:
+    """The advantages [n] of all learned tokens of some rollouts."""
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(draft.advantage[row][draft.mask[row]] for row in rows)])
 
 
 def moments(d: Tensor) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,26 @@ def test_statistics_are_of_the_whole_step_in_any_order_and_not_of_a_share() -> N
     torch.testing.assert_close(turned, whole, atol=1e-12, rtol=0)
     shares = whitened(draft_of(ratios[:2])), whitened(draft_of(ratios[2:]))
     assert (torch.cat(shares) - torch.cat(whole)).abs().max() > 0.05
+
+
+def test_over_prompts_each_prompt_is_a_step_of_its_own() -> None:
+    ratios = noise(9, 4, 7, 1)
+    names = ["a", "b", "a", "b"]
+
+    def step(rows: Sequence[int]) -> Draft:
+        draft = draft_of([ratios[row] for row in rows])
+        draft.rollouts = [
+            replace(one, prompt=tiny.prompt(name=names[row])) for row, one in zip(rows, draft.rollouts, strict=True)
+        ]
+        return draft
+
+    both = step([0, 1, 2, 3])
+    found = whitened(both, over="prompt").split([9, 4, 7, 1])
+    for rows in ([0, 2], [1, 3]):
+        assert torch.equal(torch.cat([found[row] for row in rows]), whitened(step(rows)))
+    whole = step([0, 1, 2, 3])
+    assert not torch.allclose(torch.cat(found), whitened(whole))
+    assert both.stats == whole.stats  # the log's progress is the step's
 
 
 def test_order_is_clamp_mask_whiten_weights() -> None:

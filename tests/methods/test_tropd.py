@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from scored_by import scored, scores_of
 from torch import Tensor
 
 from omniopd import losses
+from omniopd.alignment import align_scores
 from omniopd.composition import compose
+from omniopd.draft import Draft
 from omniopd.errors import ConfigError
+from omniopd.method import Method
 from omniopd.parts.teacher_prefix import cosine_length
 from omniopd.parts.trust_region import trust
 from omniopd.targets.subset import TopKTarget
-from omniopd.types import Capabilities, Evidence, Reply, Rollout, Signal, TokenScores
+from omniopd.types import Capabilities, Evidence, Reply, Rollout, ScoreQuery, Signal, TokenScores
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
 
@@ -299,6 +303,108 @@ def test_a_teacher_without_likeliest_tokens_is_refused_for_the_divergence_only(s
 def test_the_dense_form_has_no_tokens_to_trust(student: Policy) -> None:
     with pytest.raises(ConfigError, match="form: sampled"):
         built(student, {"name": "opd", "form": "dense", "parts": ["trust_region"]})
+
+
+# ------------------------------------------------------------------ chunks, where the teacher cuts otherwise
+
+
+@pytest.fixture(scope="module")
+def foreigner(tiny_folder: Callable[..., Path]) -> Policy:
+    """A teacher of another tokenizer."""
+    return tiny.policy(tiny_folder("pieces", seed=1))
+
+
+def chunked(student: Policy, region: str = "soft", **base: Any) -> Method:
+    part = {"name": "trust_region", "region": region, "outlier": "mask"}
+    return built(student, {"name": "dpca", "openings": 0, "parts": [part], **base})
+
+
+def cut_apart(student: Policy, method: Method, teacher: Sequence[float]) -> tuple[Rollout, TokenScores]:
+    """A student that spells "here" as he|re with log-probs of -0.5 and -1.5, and what a teacher gives h|er|e."""
+    ids = [student.tokenizer.convert_tokens_to_ids(piece) for piece in ("he", "re")]
+    row = replace(tiny.rollout(student, ids), logprobs=(-0.5, -1.5))
+    (query,) = method.audit([row], 1)
+    assert isinstance(query, ScoreQuery)
+    other: Any = SimpleNamespace(digest="other")
+    return row, TokenScores(query, (0, 1, 2), (1, 3, 4), tuple(teacher), vocabulary=other)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "trusted"), [((-0.3, -0.4, -0.3), 1.0), ((-1.0, -2.0, -0.5), math.exp(-1.5)), ((-40, -40, -40), 0.0)]
+)
+def test_a_chunk_is_trusted_by_both_of_its_likelihoods(
+    student: Policy, teacher: Sequence[float], trusted: float
+) -> None:
+    """P = min(exp(L_T - L_S), 1), here with L_S = -2."""
+    method = chunked(student)
+    row, said = cut_apart(student, method, teacher)
+    signal = method.read([row], [said], 1)
+    ratio = sum(teacher) + 2
+    assert signal.values_BT[0].tolist() == pytest.approx([0.25 * ratio * trusted, 0.75 * ratio * trusted], abs=1e-6)
+    assert signal.stats["trusted_share"] == pytest.approx(trusted, abs=1e-6)
+
+
+def test_one_coin_falls_for_all_tokens_of_a_chunk(student: Policy) -> None:
+    """Over 400 steps as often as P = exp(-1.5) says, within 3 standard errors."""
+    method = chunked(student, "bernoulli")
+    row, said = cut_apart(student, method, (-1.0, -2.0, -0.5))
+    fell = [method.read([row], [said], step).stats["trusted_share"] for step in range(400)]
+    assert set(fell) == {0.0, 1.0}
+    p = math.exp(-1.5)
+    assert sum(fell) / 400 == pytest.approx(p, abs=3 * math.sqrt(p * (1 - p) / 400))
+
+
+@pytest.mark.parametrize("openings", [0, 20])
+def test_every_chunk_of_a_text_is_trusted_as_one(student: Policy, foreigner: Policy, openings: int) -> None:
+    texts = (TEXT, "First, we add 東京 and 😀👍🏽 the two numbers.", "naïve café, then return x  # done")
+    rows = [tiny.rollout(student, student.encode(text)[0]) for text in texts]
+    rows = [replace(row, logprobs=tuple(0.2 * p for p in row.logprobs)) for row in rows]  # surer than its teacher
+    method, plain = (chunked(student, openings=openings), built(student, {"name": "dpca", "openings": openings}))
+    found = heard(method, foreigner, rows)
+    signal, base = method.read(rows, found, 1), plain.read(rows, found, 1)
+    several = 0
+    for row, said in zip(rows, found, strict=True):
+        assert isinstance(said, TokenScores) and said.ids != row.ids
+        at = said.query.row
+        for chunk in align_scores(row, said, student.vocabulary).chunks:
+            span = slice(chunk.start, chunk.end)
+            trusted = min(1.0, math.exp(float(base.values_BT[at][span].double().sum())))
+            torch.testing.assert_close(
+                signal.values_BT[at][span], trusted * base.values_BT[at][span], atol=1e-6, rtol=1e-4
+            )
+            several += (chunk.end - chunk.start > 1) and trusted < 1
+    assert several > 0
+    assert all(map(torch.equal, signal.mask_BT, base.mask_BT))
+
+
+@pytest.mark.parametrize("region", ["bernoulli", "soft"])
+def test_with_one_tokenizer_every_token_is_a_chunk_to_the_last_bit(
+    student: Policy, teacher: Policy, region: str
+) -> None:
+    rows = rows_of(student)
+    apart = chunked(student, region)
+    tokens = read(student, teacher, rows, REGION | {"region": region, "outlier": "mask"})
+    chunks = apart.read(rows, heard(apart, teacher, rows), 1)
+    assert all(map(torch.equal, tokens.values_BT, chunks.values_BT))
+
+
+def test_only_the_divergence_needs_the_students_tokens(student: Policy) -> None:
+    served = Capabilities(score=True, topk=64, vocabulary="other")
+    assert chunked(student).lacking(served) == []
+    assert "same tokenizer" in built(student, {"name": "dpca", "parts": ["trust_region"]}).lacking(served)
+
+
+def test_of_a_token_without_a_score_nothing_is_believed_or_doubted(student: Policy) -> None:
+    """On a method whose own signal does not rest on scores."""
+    (row,) = rows_of(student, (3,))
+    method = chunked(student)
+    (query,) = method.audit([row], 1)
+    assert isinstance(query, ScoreQuery)
+    said = TokenScores(query, row.ids, (None,) * 3, (row.logprobs[0], math.nan, row.logprobs[2] - 1))
+    draft = Draft.of(Signal((torch.ones(3),), (torch.ones(3, dtype=torch.bool),)), [row], [said], 1, lambda _: None)
+    method.parts[0].apply(draft)  # type: ignore[attr-defined]
+    assert draft.mask[0].tolist() == [True, False, True]
+    assert draft.finish().values_BT[0].tolist() == pytest.approx([1, 0, math.exp(-1)])
 
 
 # ------------------------------------------------------------------ the prefix

@@ -127,18 +127,6 @@ def test_neither_neighbours_nor_padding_nor_slices_move_a_score(
     assert together[4].logprobs == ()  # trap R11: nothing is asked of it, and x[-0:] would be all
 
 
-def test_r1_a_copy_teacher_is_sure_of_every_token_and_a_token_late_of_none() -> None:
-    """It gives the actual next token 1 - 1e-6: about -1e-6 nats each, and a slice that is shifted by one fails loudly."""
-    model, row = tiny.model(tiny.byte_level()), Given((7, 8, 9, 6, 5, 30), 2)
-    rest = len(row.ids) - row.start
-    copied = torch.full((rest, 320), 1e-6 / 319, dtype=torch.float64)
-    copied[range(rest), row.ids[row.start :]] = 1 - 1e-6
-    (sure,) = forward.score(model, lambda states: copied.log(), [row], batch_tokens=100)
-    (late,) = forward.score(model, lambda states: copied.log().roll(1, 0), [row], batch_tokens=100)
-    assert list(sure.logprobs) == pytest.approx([-1e-6] * rest, abs=2e-7)
-    assert all(value is not None and value < -15 for value in late.logprobs)
-
-
 def test_each_row_gets_what_it_asked_for_and_all_share_a_head() -> None:
     model = tiny.model(tiny.byte_level())
     logits = logits_of(model)
@@ -160,9 +148,9 @@ def test_r1_nothing_precedes_the_first_token_of_all() -> None:
     assert whole.since(1).logprobs == rest.logprobs and whole.since(1).top == rest.top
 
 
-def test_r1_a_teacher_that_foretells_the_next_token_gives_it_all_but_a_millionth() -> None:
-    """After token i it expects i + 1: no layers, a word is its own direction, the head turns it by one. Read one place off,
-    its numbers would be near -20."""
+def test_r1_a_copy_teacher_is_sure_of_every_token_and_a_token_late_of_none() -> None:
+    """It gives the actual next token 1 - 1e-6. After token i it expects i + 1: no layers, a word is its own direction, the
+    head turns it by one."""
     width = len(tiny.byte_level())
     model = tiny.model(tiny.byte_level(), hidden_size=width, num_hidden_layers=0)
     sure = math.log((width - 1) * (1 - 1e-6) / 1e-6) / math.sqrt(width)  # a one-hot row's norm becomes sqrt(width)
@@ -174,6 +162,9 @@ def test_r1_a_teacher_that_foretells_the_next_token_gives_it_all_but_a_millionth
     rows = [Given(tuple(range(start, start + 12)), cut) for start, cut in ((5, 4), (40, 1), (100, 7))]
     for row, found in zip(rows, forward.score(model, logits, rows, batch_tokens=100), strict=True):
         assert found.logprobs == pytest.approx([-1e-6] * (12 - row.start), rel=0.3)
+    (late,) = forward.score(model, logits, [Given((7, 8, 8, 9, 10), 2)], batch_tokens=100)
+    assert late.logprobs[0] is not None and late.logprobs[0] < -15
+    assert late.logprobs[1:] == pytest.approx([-1e-6] * 2, rel=0.3)
 
 
 def test_r6_r7_the_temperature_of_writing_moves_no_score(tiny_folder: Folder, make: Any) -> None:
