@@ -54,11 +54,20 @@ NEUTRAL += [
     if not isinstance(PARTS.get(name).neutral, str)
 ]
 
+STACK = [
+    {"name": name, **PARTS.get(name).neutral} for name in PARTS.names() if not isinstance(PARTS.get(name).neutral, str)
+]
+NEUTRAL += [({**plain, "parts": STACK}, plain) for plain in (SAMPLED, DENSE)]
+
 NEUTRAL += [
     ({**DENSE, "parts": [{"name": name, **PARTS.get(name).neutral}]}, DENSE)
     for name in PARTS.names()
     if PARTS.get(name).dense and not isinstance(PARTS.get(name).neutral, str)
 ]
+
+
+def _named(config: dict[str, Any]) -> str:
+    return "the whole stack" if config.get("parts") is STACK else " ".join(map(str, config.values()))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +117,7 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) > 0 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("config", "plain"), NEUTRAL, ids=lambda config: " ".join(map(str, config.values())))
+@pytest.mark.parametrize(("config", "plain"), NEUTRAL, ids=_named)
 def test_a_neutral_setting_is_plain_distillation_to_the_last_bit(
     student: Policy, teacher: Policy, config: dict[str, Any], plain: dict[str, Any]
 ) -> None:
@@ -120,13 +129,17 @@ def test_a_neutral_setting_is_plain_distillation_to_the_last_bit(
     assert same(signal.mask_BT, reference.mask_BT)
 
 
-@pytest.mark.parametrize(("config", "plain"), NEUTRAL, ids=lambda config: " ".join(map(str, config.values())))
-def test_a_neutral_setting_asks_the_teacher_for_nothing_more(
+@pytest.mark.parametrize(("config", "plain"), NEUTRAL, ids=_named)
+def test_a_neutral_setting_asks_the_teacher_and_the_sampler_for_nothing_more(
     student: Policy, config: dict[str, Any], plain: dict[str, Any]
 ) -> None:
     rows = rows_of(student)
-
-    assert built(config, student).audit(rows, 1) == built(plain, student).audit(rows, 1)
+    prompts = {row: rollout.prompt for row, rollout in enumerate(rows)}
+    one, other = built(config, student), built(plain, student)
+    assert one.audit(rows, 1) == other.audit(rows, 1)
+    assert one.before(prompts, 1) == one.again(dict(enumerate(rows)), [], 1) == []
+    assert (one.writings(prompts, [], 1), one.budget(1), one.writes, one.candidates) == ({}, 0.0, frozenset(), 0)
+    assert not (one.reads_entropy or one.keeps_initial or one.one_process)
 
 
 @pytest.mark.parametrize("name", METHODS.names())
