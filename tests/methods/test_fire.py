@@ -199,9 +199,9 @@ def test_rollouts_without_any_entropy_weigh_one() -> None:
     nothing, mask = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
     assert entropy_weights(nothing, nothing, mask, 1.0, 1.0).tolist() == [1, 1, 1]
     doubt = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    sure = entropy_weights(nothing, doubt, mask, 1.0, 1.0)  # c = 1 everywhere
-    assert sure.tolist() == pytest.approx([1 / 1.5, 1.0, 2 / 1.5])
-    assert entropy_weights(doubt, nothing, mask, 1.0, 1.0).tolist() == pytest.approx([2 / 1.5, 1.0, 1 / 1.5])  # k = 0
+    # c = 1 and k = 0, constants that the mean takes out again: the other side alone weighs
+    assert entropy_weights(nothing, doubt, mask, 1.0, 1.0).tolist() == pytest.approx([1 / 1.5, 1.0, 2 / 1.5])
+    assert entropy_weights(doubt, nothing, mask, 1.0, 1.0).tolist() == pytest.approx([2 / 1.5, 1.0, 1 / 1.5])
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 7.0])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from answered import begun, built, heard
+from answered import Say, begun, built, heard
 from torch import Tensor
 
 from omniopd.composition import keeps_initial
@@ -321,10 +321,10 @@ def nineteen(prompt: Prompt, text: str) -> bool:
 
 
 def mixed(
-    student: Policy, teacher: Policy, step: int = 1, **settings: Any
+    student: Policy, teacher: Policy, step: int = 1, said: Say = say, **settings: Any
 ) -> tuple[list[Rollout], list[Evidence], Signal]:
     method = built(student, {"name": "opd", "parts": [{**PHASED, **settings}]}, nineteen)
-    rows, before = begun(method, student, [asked("12 + 7")] * 4, say, step)
+    rows, before = begun(method, student, [asked("12 + 7")] * 4, said, step)
     return rows, before, method.read(rows, before + heard(method, teacher, rows, step), step)
 
 
@@ -364,7 +364,8 @@ def test_past_the_last_step_nothing_is_asked(student: Policy, teacher: Policy) -
 
 
 def test_both_terms_are_means_over_their_own_tokens(student: Policy, teacher: Policy) -> None:
-    rows, _, signal = mixed(student, teacher, weight=0.5)
+    rows, _, signal = mixed(student, teacher, weight=0.5, said=lambda query: [Reply("19" * (1 + query.row), "stop")])
+    assert len({len(branch.ids) for branch in signal.branches}) == 2
     plain = built(student, {"name": "opd"})
     terms = Trainer(student, OptimizerSettings(), plain.objective).accumulate(rows, signal)
     own = torch.cat([tiny.dense(student.model, r.prompt_ids, r.ids)[0] for r in rows if len(r)])
