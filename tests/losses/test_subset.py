@@ -107,6 +107,23 @@ def test_o4_teacher_equals_student_teaches_nothing_in_any_mode_but_partial(mode:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
+def test_o2_no_value_is_without_a_gradient(mode: Mode, kind: Divergence) -> None:
+    """Random teachers and students, one to all ids: what is not 0 moves something."""
+    generator = torch.Generator().manual_seed(0)
+    for size in range(1, 6):
+        ids = torch.randperm(5, generator=generator)[:size]
+        teacher, student = (3 * torch.randn(2, 40, 5, generator=generator, dtype=torch.float64)).unbind()
+        logq = teacher.log_softmax(-1)[:, ids]
+        value, gradient = value_and_gradient(
+            lambda at, ids=ids, logq=logq: subset_divergence(at, ids, logq, mode, kind, 0.5)[0], student
+        )
+        moved = gradient.norm(dim=-1) > 0
+        assert bool((moved | (value.abs() <= 1e-6)).all())
+        assert bool(moved.any()) == (mode != "renorm" or size > 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_ids_are_the_full_divergence(mode: Mode, kind: Divergence, dtype: torch.dtype) -> None:
     """Many Faces 3: k = V. In fp32, too, where the tail is nothing but rounding."""

@@ -374,7 +374,7 @@ EDGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("name", ALL)
 def test_no_edge_makes_a_number_that_is_none(name: str, edge: str, anchored: Policy) -> None:
-    """composition.md, 6.4: masks, weights and gradients stay finite, and nothing raises."""
+    """composition.md, 6.4: masks, weights and gradients stay finite, nothing raises, and no loss is without a gradient."""
     how = dict(EDGES[edge])
     rows = written(anchored, how.pop("lengths", [9, 4, 6, 5]), how.pop("finish", "stop"))
     found = taught(anchored, config_of(name), rows, **how)
@@ -384,6 +384,7 @@ def test_no_edge_makes_a_number_that_is_none(name: str, edge: str, anchored: Pol
     assert all(bool((weights.isfinite() & (weights >= 0)).all()) for weights in signal.weights_BT)
     assert all(math.isfinite(branch.weight) for branch in signal.branches)
     assert math.isfinite(found.loss) and bool(found.gradient.isfinite().all())
+    assert abs(found.loss) < 1e-6 or bool(found.gradient.any()), "a loss without a gradient"
     assert all(value is None or math.isfinite(value) for value in signal.stats.values())
     assert 0 <= signal.coverage <= 1
 
