@@ -291,6 +291,23 @@ def test_reading_is_pure_and_its_records_are_json(student: Policy) -> None:
     assert json.loads(json.dumps(list(first.audits), allow_nan=False)) == list(first.audits)
 
 
+def test_replies_that_the_score_cannot_tell_apart_give_the_same_signal(student: Policy) -> None:
+    """Their order, and what they say beside the chunk, is nothing to the published weight."""
+    rows = [rollout_of(student)]
+    method = method_of(student, score="edit_distance", signals=["likelihood_weight"])
+    queries = method.audit(rows, 1)
+
+    def values(*replies: Callable[[str], str]) -> Sequence[torch.Tensor]:
+        found = [said(q, *(reply(q.chunk.text) for reply in replies)) for q in queries]  # type: ignore[union-attr]
+        return method.read(rows, found, 1).values_BT
+
+    whole, half, nothing = (lambda t: t), (lambda t: t[: len(t) // 2]), (lambda t: "\x00" * len(t))
+    longer, other = (lambda t: t + " and more"), (lambda t: "\x01" * len(t))
+    one = values(whole, half, nothing, nothing)
+    assert all(map(torch.equal, one, values(other, longer, nothing, half)))
+    assert not torch.equal(one[0], values(whole, whole, nothing, nothing)[0])
+
+
 def test_evidence_of_another_kind_is_left_alone(llama: Policy) -> None:
     rows = [rollout_of(llama)]
     answers: Evidence = Answers(AnswerQuery(rows[0].prompt, 0, 1, 9, 0), (Reply("x", "stop"),))
