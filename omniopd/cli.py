@@ -21,6 +21,7 @@ from omniopd.tables import (
     gain,
     print_audit,
     print_cache,
+    print_decay,
     print_fidelity,
     print_probe,
     print_prompts,
@@ -89,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the audit record as JSON")
     probing = command("probe", _probe, "Ask the live teacher what it really does; a few cents, said beforehand.")
     probing.add_argument("--fidelity", action="store_true", help="compare the rungs of the continuation ladder too")
+    probing.add_argument(
+        "--decay",
+        type=_counts,
+        default=[],
+        metavar="N,N,...",
+        help="how often the teacher's end of an answer is right after so many tokens of the student's: 0,50,100,200,300",
+    )
     probing.add_argument("--yes", action="store_true", help="do not ask before paid calls")
     probing.add_argument("--json", action="store_true", help="print the record as JSON")
     testing = command(
@@ -130,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     serve.add_argument("--name", help="the model name that it answers to")
     return parser
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers of tokens, ascending."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"'{text}' are no numbers of tokens; write them as 0,50,100")
+    return sorted({int(part) for part in text.split(",")})
 
 
 def _quiet_libraries() -> None:
@@ -202,7 +217,7 @@ def _probe(arguments: argparse.Namespace) -> None:
 
     run = Run(load_config(arguments.config, arguments.overrides), Progress())
     agree = _tell if arguments.yes else _agree
-    found = asyncio.run(probe_run(run, fidelity=arguments.fidelity, agree=agree))
+    found = asyncio.run(probe_run(run, fidelity=arguments.fidelity, decay=arguments.decay, agree=agree))
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
         return
@@ -210,6 +225,8 @@ def _probe(arguments: argparse.Namespace) -> None:
     print_prompts(found.prompts)
     if found.fidelity:
         print_fidelity(found.fidelity)
+    if found.decay:
+        print_decay(found.decay)
     for sentence in found.disproved:
         print(f"omniopd train would refuse: {sentence}")
 

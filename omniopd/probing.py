@@ -17,6 +17,7 @@ from rapidfuzz.distance import Levenshtein
 
 from omniopd import pilot
 from omniopd.choosing import against_scores
+from omniopd.decay import Decay, decay_curve, decay_queries
 from omniopd.errors import ConfigError
 from omniopd.ledger import Ledger
 from omniopd.opening import open_teacher
@@ -24,7 +25,7 @@ from omniopd.prompt_check import Compared, compare_prompts
 from omniopd.registry import TEACHERS
 from omniopd.run import Run
 from omniopd.summary import used
-from omniopd.types import Continuations, ContinueQuery, Query, ScoreQuery, Teacher, Usage
+from omniopd.types import Continuations, ContinueQuery, Query, Rollout, ScoreQuery, Teacher, Usage
 from teachers.backend import estimate_tokens
 from teachers.client import ApiTeacher
 from teachers.findings import Record, disproved
@@ -58,6 +59,7 @@ class Found:
     prompts: Compared | None
     disproved: list[str]
     fidelity: list[Fidelity]
+    decay: list[Decay]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: the record as it is kept, and beside it what is not kept."""
@@ -66,23 +68,29 @@ class Found:
             "prompts": asdict(self.prompts) if self.prompts else None,
             "disproved": self.disproved,
             "fidelity": [asdict(row) for row in self.fidelity],
+            "decay": [asdict(row) for row in self.decay],
         }
 
 
-async def probe_run(run: Run, *, fidelity: bool = False, agree: Callable[[str], bool] | None = None) -> Found:
+async def probe_run(
+    run: Run, *, fidelity: bool = False, decay: Sequence[int] = (), agree: Callable[[str], bool] | None = None
+) -> Found:
     """Probe the teacher of a run, compare prompts, run the pilot, and compare rungs if that is asked for.
 
     Args:
+        decay: after how many tokens of the student's the teacher is to end its answers, for the accuracy of that.
         agree: is told what it costs at most, before anything is sent; no ends it.
 
     Raises:
-        ConfigError: the teacher is no single live one, or it was not agreed to.
+        ConfigError: the teacher is no single live one, it was not agreed to, or the task can't judge.
         TeacherError: it can't be reached, or refuses the key or the model.
     """
     async with open_teacher(run) as (teacher, ledger):
         live, queries = the_teacher(teacher), pilot.pilot_queries(run)
         chunks = comparable(live, queries) if fidelity else []
-        if agree is not None and not agree(ahead(run, live, queries, chunks)):
+        begun = judgeable(run) if decay else []
+        ends = decay_queries(begun, decay, run.policy.settings.max_new_tokens, run.config.seed)
+        if agree is not None and not agree(ahead(run, live, [*queries, *ends], chunks)):
             raise ConfigError("probe: not agreed to; nothing was sent")
         earlier = (live.probe or {}).get("pilot")
         with run.progress.task("probing", total=len(questions(live)), brief=True) as bar:
@@ -92,8 +100,9 @@ async def probe_run(run: Run, *, fidelity: bool = False, agree: Callable[[str], 
         record = await run_pilot(run, live, replace(record, pilot=earlier), queries)
         prompts = await compare_prompts(run.policy, live, run.task.train)
         rows = await compare_rungs(run, live, ledger, chunks) if fidelity else []
+        curve = decay_curve(begun, decay, await _continuations(live, ends), run.task.check)
     plain = record.to_json()
-    return Found(plain, prompts, disproved(run.config.teacher, plain), rows)
+    return Found(plain, prompts, disproved(run.config.teacher, plain), rows, curve)
 
 
 def the_teacher(teacher: Teacher) -> ApiTeacher:
@@ -165,6 +174,18 @@ def comparable(teacher: ApiTeacher, queries: Sequence[Query]) -> list[ContinueQu
     if not chunks:
         raise ConfigError("method: asks for no continuations, so there is nothing to compare; drop --fidelity")
     return chunks
+
+
+def judgeable(run: Run) -> list[Rollout]:
+    """What the untrained student writes in the first step.
+
+    Raises:
+        ConfigError: a prompt has no right answer to judge it by.
+    """
+    prompts = run.prompts(1)
+    if any(prompt.reference is None for prompt in prompts):
+        raise ConfigError("task: has prompts without a right answer, so nothing can be judged; drop --decay")
+    return run.sampler.sample(prompts, 1)
 
 
 async def compare_rungs(

@@ -162,6 +162,17 @@ def print_fidelity(rows: Sequence[Any]) -> None:
     Console().print(table)
 
 
+def print_decay(rows: Sequence[Any]) -> None:
+    """How often the teacher ends rightly what the student began."""
+    table = Table(
+        "after", "right", "teacher ended", "student ended", "no verdict", title="decay by the student's tokens"
+    )
+    for row in rows:
+        right = "-" if row.accuracy is None else f"{row.accuracy:.1%}"
+        table.add_row(str(row.tokens), right, str(row.continued), str(row.whole), str(row.unknown))
+    Console().print(table)
+
+
 def print_selftest(results: Sequence[Any]) -> None:
     """What each check of a self-test came to."""
     colours = {"passed": "green", "failed": "red", "skipped": "yellow"}

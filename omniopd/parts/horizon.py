@@ -2,7 +2,8 @@
 
 On a long prefix of the student's the teacher is off its own distribution and drifts into completing text. The cut is made in
 the rollout, not in the loss: writing, scoring and learning all get cheaper by T / N. No end is put where a text is cut, and
-held-out answers are written whole. N may move from `start` to `tokens` in a line over some steps.
+held-out answers are written whole. N may move from `start` to `tokens` in a line over some steps. `omniopd probe --decay`
+shows after how many of the student's tokens the teacher begins to fail.
 
 `where: last` and `random` are the control [ours]: the same number of learned tokens of rollouts that are written whole.
 Of a `reduction` that is a mean, the gradient's size does not depend on N; of `sum_seqmean`, the published form, it shrinks

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from scripted import ScriptedTeacher
 
 from omniopd.chat import ChatTemplate
 from omniopd.cli import main
+from omniopd.run import Run
 from omniopd.store import Store
 
 TEACHER = Path(__file__).resolve().parents[2] / "examples" / "demo" / "teacher"
@@ -325,6 +327,37 @@ def test_fidelity_compares_the_rungs_over_the_same_chunks(
     assert main(["probe", config, "--yes", "--fidelity", "method={name: seqkd}"]) == 2
     assert "drop --fidelity" in line_of(capsys)
     assert len(server.bodies) == sent
+
+
+def test_decay_lets_the_teacher_end_what_the_student_began(
+    config: str, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve()
+    assert main(["probe", config, "--yes", "--json", "--decay", "8,0,1000"]) == 0
+    said = capsys.readouterr()
+    calls = int(next(line for line in said.err.splitlines() if "at most" in line).split(" calls")[0].split()[-1])
+    rows = json.loads(said.out)["decay"]
+    assert [row["tokens"] for row in rows] == [0, 8, 1000]
+    assert all(row["continued"] + row["whole"] == 4 for row in rows)
+    assert [row["whole"] for row in rows] == [0, 0, 4]
+    assert 0 < len(server.bodies) <= calls
+    assert main(["probe", config, "--yes", "--decay", "0,1000"]) == 0
+    assert "teacher ended" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["probe", config, "--yes", "--decay", "ten"])
+    assert "'ten' are no numbers of tokens; write them as 0,50,100" in capsys.readouterr().err
+
+
+def test_decay_needs_right_answers(
+    config: str, serve: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    prompts = Run.prompts
+    unknown = lambda run, step: [replace(prompt, reference=None) for prompt in prompts(run, step)]  # noqa: E731
+    monkeypatch.setattr(Run, "prompts", unknown)
+    assert main(["probe", config, "--yes", "--decay", "0"]) == 2
+    assert "drop --decay" in line_of(capsys)
+    assert not server.bodies
 
 
 def test_what_a_server_says_is_text_and_no_command_to_the_terminal(
