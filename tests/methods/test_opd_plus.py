@@ -148,6 +148,14 @@ def test_small_ratios_lose_no_digits(name: Name) -> None:
         assert float(exact(tiny_ratio, name)) == pytest.approx(slope * 1e-7, rel=1e-5, abs=0)
 
 
+def test_the_centred_weight_of_the_reverse_kl_is_the_log_ratio_to_the_last_bit() -> None:
+    """Not `(lr - 1) + 1`, which in fp32 makes 1e-8 a zero and changes 1e-3."""
+    ratios = torch.tensor([1e-8, 1e-3, -7.5])
+    assert torch.equal(exact(ratios, "reverse_kl"), ratios)
+    rebuilt = exact(ratios, "reverse_kl", center=False) + 1
+    assert rebuilt[0] == 0 and rebuilt[1] != ratios[1]
+
+
 def test_a_token_that_the_teacher_finds_impossible() -> None:
     never = torch.tensor(-math.inf, dtype=torch.float64)
     centred = {name: float(exact(never, name)) for name in NAMES}
@@ -180,7 +188,7 @@ def test_the_largest_advantage_of_the_reverse_kl(student: Policy, center: bool, 
 
 
 def test_the_default_without_a_clip_is_plain_to_the_last_bit_and_small_ratios_stay(student: Policy) -> None:
-    ratios = [1e-12, 1e-8, 1e-3, 30.0]  # the first is not (lr - 1) + 1, even in float64
+    ratios = [1e-8, 1e-3, 30.0]
     plain = advantages(compose(METHODS.get("opd").Config(), student, 0), student, ratios)
     ours = advantages(built(student, clip=math.inf, stop_gradient=True), student, ratios)
     assert torch.equal(plain.values_BT[0], ours.values_BT[0])
