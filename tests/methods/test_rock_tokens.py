@@ -153,7 +153,7 @@ def test_the_unpublished_thresholds_are_the_sheets() -> None:
     assert kept(10, 0.81) == 1 and kept(10, 0.79) == 0
     assert kept(3, 0.9) == pytest.approx(8 / 11) and kept(2, 0.9) == 0  # 3 of 10 others alike, or 2
     lower = losses.clone()
-    lower[5:11] = 1.0
+    lower[5:11] = 1.55  # in the upper three tenths
     assert kept(10, 0.9, lower) == pytest.approx(5 / 11)
 
 
@@ -182,6 +182,10 @@ def test_a_context_is_the_mean_of_the_tokens_around() -> None:
         around = [int(ids[i]) for i in range(max(0, t - 2), min(5, t + 3)) if i != t]
         torch.testing.assert_close(found[t], embedding[around].mean(0))
     assert bool((contexts_of(ids[:1], embedding) == 0).all())
+    long = torch.arange(20) % 10
+    moved = [contexts_of(long.index_fill(0, torch.tensor([place]), 9), embedding)[0] for place in (8, 10)]
+    assert not torch.equal(moved[0], contexts_of(long, embedding)[0])  # eight tokens on either side
+    assert torch.equal(moved[1], contexts_of(long, embedding)[0])
 
 
 def test_the_simple_selection_leaves_the_most_frequent_types_out() -> None:
