@@ -83,9 +83,9 @@ class Horizon(Part):
 
     def apply(self, draft: Draft) -> None:
         """See `Part`."""
-        limit = self.length(draft.step)
+        limit, names = self.length(draft.step), draft.names()
         for row in draft.rows:
-            seed = named_seed(self.seed, "horizon", draft.step, row)
+            seed = named_seed(self.seed, "horizon", draft.step, *names[row])
             draft.keep(row, some_of(draft.mask[row], limit, self.config.where, seed))
         cut = [rollout.finish == "length" and len(rollout) >= limit for rollout in draft.rollouts]
         draft.note(horizon=float(limit), horizon_cut_share=sum(cut) / len(cut) if cut else None)

@@ -28,6 +28,7 @@ from omniopd.settings import tagged
 from omniopd.types import Metric, Rollout, Signal
 from students.policy import Policy
 from students.trainer import OptimizerSettings, Trainer
+from students.view import StudentView
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 GOLDEN = torch.tensor([[1, 0.2, 0], [0.2, 1, 0.1], [0, 0.1, 1]], dtype=torch.float64)
@@ -401,6 +402,24 @@ def test_a_rollout_is_learned_up_to_the_window_that_it_was_written_with(student:
     rows = [replace(row, version=version) for row, version in zip(written(student, None), (0, 3, 4, 6), strict=True)]
     signal = method.read(rows, [scored(teacher, query) for query in method.audit(rows, 7)], 7)
     assert [int(mask.sum()) for mask in signal.mask_BT] == [8, 2, 2, 4]
+
+
+def test_what_other_parts_leave_out_is_in_the_probe_all_the_same(student: Policy, teacher: Policy) -> None:
+    parts = [{"name": "adaptive_window", **SHORT}, {"name": "trajectory_filter", "drop": 0.5}, "entropy_weights"]
+    tree = {"name": "adwin", "parts": parts}
+    method = compose(TypeAdapter(tagged(METHODS)).validate_python(tree), student, 0)
+    assert isinstance(method, Composed)
+    window = next(part for part in method.parts if isinstance(part, AdaptiveWindow))
+    rows = written(student, method)
+    evidence = [scored(teacher, query) for query in method.audit(rows, 1)]
+    facts = method.measure(dict(enumerate(rows)), evidence, StudentView(student, rows))
+    measured = [replace(row, facts={k: tuple(v) for k, v in facts.get(n, {}).items()}) for n, row in enumerate(rows)]
+    signal = method.read(measured, evidence, 1)
+    plain = method.base.read(rows, evidence, 1)
+    assert window._probe is not None
+    assert any(not mask.any() for mask in signal.mask_BT)
+    assert all(map(torch.equal, window._probe.mask_BT, plain.mask_BT))
+    assert all(map(torch.equal, window._probe.values_BT, plain.values_BT))
 
 
 def test_a_control_deals_out_no_token_of_the_probe(student: Policy, teacher: Policy) -> None:

@@ -246,3 +246,10 @@ def test_a_random_choice_knows_nothing_of_other_rows(student: Policy, teacher: P
     _, _, other = learned(student, teacher, method, changed)
     assert torch.equal(signal.mask_BT[2], other.mask_BT[2])
     assert torch.equal(signal.mask_BT[3], other.mask_BT[3])
+
+
+def test_no_order_of_prompts_moves_a_random_choice(student: Policy, teacher: Policy) -> None:
+    method = esr(student, 5, where="random")
+    rows, order = written(student), [2, 0, 3, 1]
+    one, other = (learned(student, teacher, method, some)[2] for some in (rows, [rows[i] for i in order]))
+    assert all(torch.equal(one.mask_BT[row], other.mask_BT[order.index(row)]) for row in range(4))
