@@ -126,7 +126,7 @@ class Draft:
         return found
 
     def names(self) -> dict[int, tuple[str, int]]:
-        """Every row as its prompt and its place there: a name for random draws that no order of rows moves."""
+        """Every row as its prompt and its place there: a name for random draws and ties that no order of rows moves."""
         return {row: (id, place) for id, rows in self.groups().items() for place, row in enumerate(rows)}
 
     def facts(self, row: int, name: str) -> Tensor | None:
