@@ -438,6 +438,20 @@ def test_a_fork_keeps_its_guidance_where_its_own_token_is_masked(anchored: Polic
     assert masked, "no fork is masked"
 
 
+def test_a_fork_behind_a_cut_is_dropped(anchored: Policy) -> None:
+    """composition.md, 5: nothing branches off where the rollout is no longer learned."""
+    rows = written(anchored, [13, 5, 9, 8])
+    fork, stop = (
+        {"name": "fork_guidance", "horizon": 6, "spacing": 1, "share": 1.0, "most": 64},
+        {"name": "kl_stop", **SHORT["kl_stop"], "exempt": 4},
+    )
+    both, alone = (taught(anchored, {"name": "opd", "parts": parts}, rows).signal for parts in ([fork, stop], [fork]))
+    asked, cut, forks = (both.stats[name] or 0 for name in ("fork_candidates", "fork_cut", "forks"))
+    assert (asked, 0) == (alone.stats["fork_candidates"], alone.stats["fork_cut"])
+    assert 0 < cut < asked and 0 < len(both.branches) == forks <= asked - cut
+    assert {(b.row, b.at, b.context) for b in both.branches} <= {(b.row, b.at, b.context) for b in alone.branches}
+
+
 # ------------------------------------------------------------------ what it needs
 
 
