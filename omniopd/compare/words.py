@@ -15,7 +15,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     if not methods:
         return f"There is nothing yet to measure against {found['baseline']}."
     names = {
-        sign: ", ".join(one["label"] for one in methods if beyond_noise(one["against"]) == sign) for sign in (1, -1, 0)
+        sign: "; ".join(one["label"] for one in methods if beyond_noise(one["against"]) == sign) for sign in (1, -1, 0)
     }
     said = [
         f"Beyond noise above {found['baseline']}: {names[1] or 'none'}.",
