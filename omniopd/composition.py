@@ -88,6 +88,7 @@ class Composed(Method):
         self.candidates = max(one.candidates for one in each)
         self.keeps_initial = any(one.keeps_initial for one in each)
         self.one_process = any(one.one_process for one in each)
+        self.decides = any(one.decides for one in each)
         self._each = each
 
     def before(self, prompts: Mapping[int, Prompt], step: int) -> list[Query]:

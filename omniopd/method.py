@@ -95,6 +95,7 @@ class Method:
         candidates: how many of the student's likeliest tokens at each place `ask` looks at.
         keeps_initial: whether the initial student is kept beside the present one.
         one_process: whether all rollouts must be in one process.
+        decides: whether `control: shuffled` has something to deal out.
         min_coverage: several steps in a row with a smaller share of tokens that the teacher spoke about stop the run.
         paper: where the method was published.
         neutral: settings, with a name, that make it plain on-policy distillation to the last bit, and `plain` those of
@@ -109,6 +110,7 @@ class Method:
     candidates: int = 0
     keeps_initial: bool = False
     one_process: bool = False
+    decides: bool = False
     min_coverage: float = 0.0
     check: Check | None = None  # of the run's task
     group: int = 1  # rollouts of each prompt: the rows of a step from one of its multiples up to the next

@@ -84,6 +84,7 @@ class Paired(Method):
     needs = frozenset({"answer", "group"})
     writes = frozenset({"initial"})
     keeps_initial = True
+    decides = True  # which answer each prompt has
     weight: float = 1.0
     reference: ClassVar[bool] = False
 

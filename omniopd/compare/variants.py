@@ -140,8 +140,7 @@ def shuffled(variant: Variant, config: RunConfig) -> Variant | None:
 
     A mask or a weight that is dealt out is a random one of the same rate and histogram, so this is the random control too.
     """
-    decides = any(part.decides for part in getattr(method_of(config), "parts", ()))
-    setting = {"control": "shuffled"} if decides else {}
+    setting = {"control": "shuffled"} if method_of(config).decides else {}
     if hasattr(config.method, "placebo"):  # what it makes of the teacher's text, dealt out to other chunks
         setting["placebo"] = "shuffle"
     if not setting:

@@ -40,8 +40,8 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
     if "shuffled" in controls:
         yield (
             "(shuffled) is the method with what it decides dealt out at random: masks and weights inside each rollout, "
-            "verdicts and dropped rollouts over the step, what the teacher said over the chunks of omniopd. That is also the "
-            "random choice at the same rate."
+            "verdicts, grades and dropped rollouts over the step, what the teacher said over the chunks of omniopd, answers "
+            "and criteria over prompts. That is also the random choice at the same rate."
         )
     if "length" in controls:
         yield (

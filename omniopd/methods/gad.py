@@ -76,6 +76,7 @@ class Gad(Method):
         "gives advantage 0"
     )
     needs = frozenset({"answer", "group", "fresh"})
+    decides = True  # which answer each prompt has
     one_process = True  # the discriminator sees all pairs of a step
 
     def __init__(self, config: GadConfig, text: StudentText, seed: int) -> None:

@@ -75,6 +75,7 @@ class Ovd(Method):
         self.replaces = filters and config.theta > 0 and config.replace
         asked = {"answer": self.replaces, "judge": self.graded, "verify": filters, "group": True}
         self.needs = frozenset(need for need, has in asked.items() if has)
+        self.decides = self.graded
         self.one_process = config.control == "shuffled"  # grades are dealt out over the step
 
     def ask(self, rollout: Rollout, row: int, step: int) -> list[Query]:

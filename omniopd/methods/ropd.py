@@ -70,6 +70,7 @@ class Ropd(Method):
         "task's verifier is GRPO on the verifier"
     )
     needs = frozenset({"answer", "judge", "group"})
+    decides = True  # which criteria each prompt has
     one_process = True  # a rubric is written from all rollouts of its prompt
 
     def __init__(self, config: RopdConfig, text: StudentText, seed: int) -> None:

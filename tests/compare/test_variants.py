@@ -123,8 +123,11 @@ def test_a_method_that_decides_something_has_a_shuffled_control(base: RunConfig)
     assert control is not None
     assert (control.label, control.control, control.of) == ("fire (shuffled)", "shuffled", "fire")
     assert resolved(base, control).method.control == "shuffled"
-    for one in (plain, gndpo, seqkd):  # nothing is chosen among tokens or rollouts
+    for one in (plain, gndpo, seqkd):  # nothing is decided
         assert shuffled(one, resolved(base, one)) is None
+    answers = Variant("gad", {"method": {"name": "gad"}, "train": {"rollouts_per_prompt": 2}})
+    others = shuffled(answers, resolved(base, answers))
+    assert others is not None and resolved(base, others).method.control == "shuffled"
     placebo = shuffled(omniopd, resolved(base, omniopd))
     assert placebo is not None
     assert resolved(base, placebo).method.placebo == "shuffle"
