@@ -59,6 +59,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
             variant(HOSTILE, -0.1),
             refused,
         ],
+        "pairs": [
+            {"label": "fire", "than": "opd", "mean": 0.1, "low": 0.07, "high": 0.13},
+            {"label": HOSTILE, "than": "opd", "mean": -0.2, "low": -0.41, "high": 0.01},
+            {"label": HOSTILE, "than": "fire", "mean": -0.3, "low": -0.33, "high": -0.27},
+        ],
     }  # fmt: skip
     path = tmp_path_factory.mktemp("compare") / "compare.html"
     write_page(found, path)
@@ -70,8 +75,18 @@ def test_loads_without_errors_or_requests(browser: Any, page: str) -> None:
     assert browser.get_log("browser") == []
     assert [found for found in requested(browser) if not found.startswith("data:")] == [page]
     assert browser.title != "owned"
-    assert len(find(browser, "tbody tr")) == 6
+    assert len(find(browser, ".wide table:not(.pairs) tbody tr")) == 6
     assert len(find(browser, "figure")) == 4  # two methods, by steps and by the teacher's tokens
+
+
+def test_each_method_against_each_other_is_a_table_with_the_best_first(browser: Any, page: str) -> None:
+    visit(browser, page)
+    rows = [[cell.text for cell in row.find_elements("css selector", "td")] for row in find(browser, ".pairs tbody tr")]
+    assert rows == [["", "+10.0", "+30.0"], ["−10.0", "", "+20.0"], ["−30.0", "−20.0", ""]]
+    kinds = [cell.get_attribute("class") for cell in find(browser, ".pairs tbody td") if cell.text]
+    assert kinds == ["above", "above", "below", "level", "below", "level"]
+    (fire,) = [cell for cell in find(browser, ".pairs td") if cell.text == "+10.0"]
+    assert fire.get_attribute("title") == "fire less opd: +10.0 (+7.0 to +13.0)"
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])

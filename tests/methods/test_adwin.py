@@ -36,11 +36,6 @@ PROMPTS = {row: tiny.prompt(f"What is {row} + 7?", f"p{row}") for row in range(4
 RHO = math.sqrt(0.5)
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
-
-
 @pytest.fixture
 def student(llama_folder: Path) -> Policy:
     return tiny.policy(llama_folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,6 @@ from students.trainer import OptimizerSettings, Trainer
 
 DENSE = {"name": "opd", "form": "dense"}
 PROMPTS = [tiny.prompt(f"What is {n} + 7?", f"p{n}") for n in range(4)]
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 @pytest.fixture

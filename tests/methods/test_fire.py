@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,6 @@ from students.view import StudentView
 FILTER = {"name": "trajectory_filter"}
 WEIGHTS = {"name": "entropy_weights"}
 MEANS = (-0.1, -0.2, -0.3, -0.4, -0.5)  # the sheet's mean log-probs
-
-
-@pytest.fixture(scope="module")
-def student(llama_folder: Path) -> Policy:
-    return tiny.policy(llama_folder)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 def built(student: Policy, *parts: dict[str, Any], control: str = "none") -> Method:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,6 @@ from students.trainer import OptimizerSettings, Trainer
 
 TEXT = "It is 12 + 7 = 19."
 PROMPTS = [tiny.prompt(f"{i} + 1?", str(i)) for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 @pytest.fixture

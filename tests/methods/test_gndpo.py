@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +24,6 @@ NAN, INF = math.nan, math.inf
 GOLDEN = [[0.2, -0.1, -8.0, 0.0], [0.5, -0.3, NAN, NAN]]  # nan: the teacher said nothing of that token
 AS_PUBLISHED = {"sigma_min": 0.0}
 CLIPPED = {"center": False, "scale": False}
-
-
-@pytest.fixture(scope="module")
-def student(llama_folder: Path) -> Policy:
-    return tiny.policy(llama_folder)
 
 
 def read(student: Policy, ratios: Sequence[Sequence[float]], config: str = "gndpo", **whiten: Any) -> Signal:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,16 +29,6 @@ from students.view import StudentView
 
 TRAP = [1.0, 0.9, 0.2, 0.1, 0.1, 1.2, 0.1, 0.1, 0.1, 0.1]
 SHORT = {"window": 2, "stride": 1, "low_windows": 2, "exempt": 0}
-
-
-@pytest.fixture(scope="module")
-def student(llama_folder: Path) -> Policy:
-    return tiny.policy(llama_folder)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 def built(student: Policy, control: str = "none", **part: Any) -> Method:

@@ -34,11 +34,6 @@ from teachers.transformers import TransformersConfig, TransformersTeacher
 GROUP = torch.tensor([0.9, 0.5, 0.5, 0.1], dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
-
-
 @pytest.fixture
 def student(llama_folder: Path) -> Policy:
     return tiny.policy(llama_folder)

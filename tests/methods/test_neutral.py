@@ -70,11 +70,6 @@ def _named(config: dict[str, Any]) -> str:
     return "the whole stack" if config.get("parts") is STACK else " ".join(map(str, config.values()))
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
-
-
 @pytest.fixture
 def student(llama_folder: Path) -> Policy:
     return tiny.policy(llama_folder)

@@ -69,11 +69,6 @@ def lr() -> Tensor:
     return TEACHER.log_softmax(-1) - STUDENT.log_softmax(-1)
 
 
-@pytest.fixture(scope="module")
-def student(llama_folder: Path) -> Policy:
-    return tiny.policy(llama_folder)
-
-
 def built(
     student: Policy, parts: Sequence[Any] = (), method: str = "opd_plus", base: Any = None, **part: Any
 ) -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,6 @@ GOLDEN = [
     (2.0, [0.2352, 0.3462, 0.4186], [0.2582, 0.3217, 0.4201]),
 ]
 HIGH, LOW = "up_weight_high_ppl", "up_weight_low_ppl"
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 @pytest.fixture

@@ -41,11 +41,6 @@ class View:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
-
-
-@pytest.fixture(scope="module")
 def initial(tiny_folder: Callable[..., Path]) -> Policy:
     return tiny.policy(tiny_folder(seed=2))
 

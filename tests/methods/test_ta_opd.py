@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,16 +39,6 @@ from students.view import StudentView
 P = [0.6, 0.3, 0.06, 0.03, 0.01]
 SWAPPED = [0.3, 0.6, 0.06, 0.03, 0.01]
 OFF = [0.06, 0.04, 0.6, 0.2, 0.1]
-
-
-@pytest.fixture(scope="module")
-def student(llama_folder: Path) -> Policy:
-    return tiny.policy(llama_folder)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 def built(student: Policy, control: str = "none", **part: Any) -> Method:

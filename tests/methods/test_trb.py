@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,6 @@ from students.trainer import OptimizerSettings, Trainer
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 LOG_MU = (-0.5, -1.0, -2.0, -0.25)
 LOG_S = (-1.0, -0.75, -2.5, -0.25)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
 
 
 @pytest.fixture

@@ -36,11 +36,6 @@ PREFIX = {"name": "teacher_prefix", "tokens": 8, "steps": 10}
 TEXT = "The answer is 12 + 7 = 19, so Tom has 19 apples."
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_folder: Callable[..., Path]) -> Policy:
-    return tiny.policy(tiny_folder(seed=1))
-
-
 @pytest.fixture
 def student(llama_folder: Path) -> Policy:
     return tiny.policy(llama_folder)
