@@ -17,7 +17,12 @@ from omniopd.compare.results import beyond_noise
 from omniopd.compare.words import HEADS, cells, heads, notes, reason, verdict
 from omniopd.report.page import policy, put, resource
 
-AXES = (("step", "steps"), ("teacher_tokens", "tokens that the teacher read and wrote"))
+AXES = (
+    ("step", "steps"),
+    ("seconds", "seconds"),
+    ("student_tokens", "tokens that the student wrote"),
+    ("teacher_tokens", "tokens that the teacher read and wrote"),
+)
 
 
 def write_page(found: Mapping[str, Any], path: Path) -> None:

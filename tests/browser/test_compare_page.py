@@ -24,6 +24,8 @@ def variant(label: str, gain: float, control: str = "", of: str = "", cost: floa
             "step": step,
             "accuracy": 0.5 + gain * step / 40,
             "n": 300,
+            "seconds": 2.5 * step,
+            "student_tokens": 900.0 * step,
             "teacher_read": cost * step / 40,
             "teacher_written": 0.0,
         }
@@ -76,7 +78,7 @@ def test_loads_without_errors_or_requests(browser: Any, page: str) -> None:
     assert [found for found in requested(browser) if not found.startswith("data:")] == [page]
     assert browser.title != "owned"
     assert len(find(browser, ".wide table:not(.pairs) tbody tr")) == 6
-    assert len(find(browser, "figure")) == 4  # two methods, by steps and by the teacher's tokens
+    assert len(find(browser, "figure")) == 8  # two methods, by steps, seconds, the student's tokens and the teacher's
 
 
 def test_each_method_against_each_other_is_a_table_with_the_best_first(browser: Any, page: str) -> None:
@@ -97,12 +99,14 @@ def test_no_sideways_scrolling(browser: Any, page: str, width: int) -> None:
 
 def test_panels_have_one_scale_and_the_baseline_in_each(browser: Any, page: str) -> None:
     visit(browser, page)
-    ticks = [[tick.text for tick in panel.find_elements("css selector", ".tick")] for panel in find(browser, "figure")]
-    assert ticks[0] == ticks[1]
-    assert ticks[2] == ticks[3]
-    assert ticks[0] != ticks[2]
+    figures = find(browser, "figure")
+    ticks = [[tick.text for tick in panel.find_elements("css selector", ".tick")] for panel in figures]
     lines = [
-        [one.get_attribute("points") for one in panel.find_elements("css selector", ".mean.base")]
-        for panel in find(browser, "figure")
+        [one.get_attribute("points") for one in panel.find_elements("css selector", ".mean.base")] for panel in figures
     ]
-    assert lines[0] == lines[1] and len(lines[0]) == 1
+    for first in range(0, len(figures), 2):  # of each axis, both methods
+        assert ticks[first] == ticks[first + 1]
+        assert lines[first] == lines[first + 1] and len(lines[first]) == 1
+    assert len({tuple(found) for found in ticks}) == 4
+    units = [panel.find_element("css selector", ".label").text for panel in figures[::2]]
+    assert units == ["steps", "seconds", "tokens that the student wrote", "tokens that the teacher read and wrote"]
