@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 ROUNDS, ITERATIONS = 50, 10  # at most so many rounds, of so many iterations each
@@ -51,38 +52,8 @@ def sinkhorn(cost: Tensor, eps: float) -> Tensor:
 
 
 def assignment(cost: Tensor) -> Tensor:
-    """The plan Gamma [n, n] with uniform marginals that minimises <Gamma, C>: 1/n at the places of a permutation.
-
-    The Hungarian method: rows enter one by one, each along the shortest path of reduced costs `C_ij - u_i - v_j >= 0` to a
-    free column; n^3 operations.
-    """
-    n = len(cost)
-    u, v = torch.zeros(n, dtype=cost.dtype), torch.zeros(n, dtype=cost.dtype)
-    row_of, column_of = [-1] * n, [-1] * n  # the pairs so far
-    for first in range(n):
-        distance, through = (
-            torch.full_like(v, torch.inf),
-            [first] * n,
-        )  # of each column, and the row that it is reached from
-        reached: list[int] = []
-        row, so_far = first, 0.0
-        while row >= 0:
-            nearer = so_far + cost[row] - u[row] - v
-            nearer[reached] = torch.inf
-            for column in (nearer < distance).nonzero()[:, 0].tolist():
-                through[column] = row
-            distance = distance.minimum(nearer)
-            open_ends = distance.index_fill(0, torch.tensor(reached, dtype=torch.long), torch.inf)
-            column = int(open_ends.argmin())
-            so_far, row = float(distance[column]), row_of[column]
-            reached.append(column)
-        u[first] += so_far
-        for taken in reached[:-1]:
-            u[row_of[taken]] += so_far - distance[taken]
-            v[taken] -= so_far - distance[taken]
-        while row != first:  # every row on the path takes the next column
-            row = through[column]
-            row_of[column], column_of[row], column = row, column, column_of[row]
+    """The plan Gamma [n, n] with uniform marginals that minimises <Gamma, C>: 1/n at the places of a permutation."""
+    rows, columns = linear_sum_assignment(cost.numpy())
     plan = torch.zeros_like(cost)
-    plan[torch.arange(n), column_of] = 1 / n
+    plan[rows, columns] = 1 / len(cost)
     return plan

@@ -58,9 +58,9 @@ class Whiten(Part):
         rows = [row for row in draft.rows if row not in draft.likelihood]
         joined = _learned(draft, rows)
         clipped = self._clipped(joined)
-        mu, sigma = moments(clipped)
-        for group in [rows] if self.config.over == "step" else draft.groups().values():
-            own = [row for row in group if row in rows]
+        mu, sigma = moments(clipped)  # of the whole step, for the log in either case
+        groups = [rows] if self.config.over == "step" else draft.groups().values()
+        for own in ([row for row in group if row in rows] for group in groups):
             centre, spread = moments(self._clipped(_learned(draft, own)))
             for row in own:
                 draft.advantage[row] = self._whitened(draft.advantage[row], centre, spread)

@@ -19,6 +19,7 @@ from omniopd.chat import ChatTemplate
 from omniopd.cli import main
 from omniopd.run import Run
 from omniopd.store import Store
+from omniopd.types import Prompt
 
 TEACHER = Path(__file__).resolve().parents[2] / "examples" / "demo" / "teacher"
 Serve = Callable[..., Honest]
@@ -353,7 +354,10 @@ def test_decay_needs_right_answers(
 ) -> None:
     server = serve()
     prompts = Run.prompts
-    unknown = lambda run, step: [replace(prompt, reference=None) for prompt in prompts(run, step)]  # noqa: E731
+
+    def unknown(run: Run, step: int) -> list[Prompt]:
+        return [replace(prompt, reference=None) for prompt in prompts(run, step)]
+
     monkeypatch.setattr(Run, "prompts", unknown)
     assert main(["probe", config, "--yes", "--decay", "0"]) == 2
     assert "drop --decay" in line_of(capsys)
